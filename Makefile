@@ -1,0 +1,91 @@
+# Everything that is done with this repository. `make demo` is the place to start.
+#
+#   make demo             build .venv, then simulate, fit and plot into demo/
+#   make test             the default tests              ARGS="tests/test_x.py -k name" narrows them
+#   make test-slow        the slow tests alone
+#   make test-new-python  the default tests on Python 3.12 or 3.13, in .venv-new    NEW_PYTHON=... chooses
+#   make lint types       ruff, mypy
+#   make notebooks        run every notebook in its short form
+#   make wheel-check      build the wheel, install it apart from this tree, import every module of it
+#   make bench            the benchmarks: a table and JSON each
+#   make clean distclean  remove what was generated; the environments too
+
+SHELL := bash
+.DELETE_ON_ERROR:
+.DEFAULT_GOAL := help
+
+PYTHON ?= python3
+VENV ?= .venv
+NEW_VENV ?= .venv-new
+WORKERS ?= 2
+ARGS ?=
+
+BIN := $(VENV)/bin
+# One thread for each process: small recurrent products are slower on two.
+ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1
+NOTEBOOKS := $(sort $(wildcard notebooks/*.ipynb))
+BENCHMARKS := $(sort $(filter-out tests/benchmarks/_%,$(wildcard tests/benchmarks/*.py)))
+
+.PHONY: help venv demo test test-slow test-new-python lint types notebooks wheel-check bench clean distclean
+
+help:
+	@sed -n '/^#   make/s/^#   //p' Makefile
+
+# $(1): the folder of an environment. Setuptools comes first, so that the pinned one builds the package.
+define install
+@echo "installing into $(1), as constraints.txt says"
+@$(1)/bin/python -m pip install --quiet --constraint constraints.txt setuptools
+@$(1)/bin/python -m pip install --quiet --constraint constraints.txt --no-build-isolation \
+    --editable ".[dev,notebooks,nwb]"
+@touch $(1)/.installed
+endef
+
+venv: $(VENV)/.installed
+
+$(VENV)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(call install,$(VENV))
+
+$(NEW_VENV)/.installed: pyproject.toml constraints.txt
+	python=$$(.ci/new-python) && "$$python" -m venv $(NEW_VENV)
+	$(call install,$(NEW_VENV))
+
+demo: venv
+	$(BIN)/metassm demo --out demo
+
+test: venv
+	$(ONE_THREAD) $(BIN)/python -m pytest -n $(WORKERS) $(ARGS)
+
+# pytest's status 5 says that no test is marked slow.
+test-slow: venv
+	$(ONE_THREAD) $(BIN)/python -m pytest -n $(WORKERS) -m slow $(ARGS) || [ $$? -eq 5 ]
+
+test-new-python: $(NEW_VENV)/.installed
+	$(ONE_THREAD) $(NEW_VENV)/bin/python -m pytest -n $(WORKERS) $(ARGS)
+
+lint: venv
+	$(BIN)/ruff check .
+
+types: venv
+	$(BIN)/mypy
+
+notebooks: venv
+ifneq ($(NOTEBOOKS),)
+	out=$$(mktemp -d) && trap 'rm -rf "$$out"' EXIT && \
+	$(ONE_THREAD) METASSM_SHORT=1 MPLBACKEND=agg JUPYTER_PREFER_ENV_PATH=1 $(BIN)/python -m nbconvert \
+	    --log-level WARN --execute --to notebook --output-dir "$$out" $(NOTEBOOKS)
+endif
+	@echo "$(words $(NOTEBOOKS)) notebooks ran"
+
+wheel-check: venv
+	.ci/wheel-check $(BIN)/python
+
+bench: venv
+	@set -e; for script in $(BENCHMARKS); do echo "== $$script"; $(BIN)/python "$$script" $(ARGS); done
+
+clean:
+	rm -rf build dist demo *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	find pyro_metassm models guides tests -name __pycache__ -prune -exec rm -rf {} +
+
+distclean: clean
+	rm -rf $(VENV) $(NEW_VENV)

@@ -1,0 +1,98 @@
+"""What every guide shares: the read-in, the posterior of the embedding, the plates."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+
+import numpy as np
+import pyro
+import pyro.distributions as dist
+import torch
+from pyro.distributions import TorchDistribution
+from torch import Tensor, nn
+
+from pyro_metassm.distributions import MarkovPath
+from pyro_metassm.guides.encoders import EmbeddingEncoder, SetEncoder, smooth
+from pyro_metassm.models.meta_ssm import MetaSSM
+from pyro_metassm.neurons import ReadIn
+from pyro_metassm.recordings import Batch, Recordings
+
+
+class AmortizedGuide(nn.Module, ABC):
+    r"""An amortised sequential guide, ``q(e_i | y) prod_k q(z_k | y_k, e_i)`` (eq. 14-17).
+
+    A read-in per recording maps its neurons into a common space, ``ybar = Omega_i(y)``; everything after it is shared
+    by all recordings. The first ``latent_dim`` channels of ``ybar``, smoothed over time where the data are noisy, are
+    the *frame*: a rough estimate of the latents from which the encoders start.
+
+    Args:
+        model: the model that this guide is for.
+        read_in_dim: channels of the common space, at least ``latent_dim``; default ``max(16, 2 latent_dim)``.
+        embedding_encoder: class of the encoder of a trial for the embedding.
+        detach_embedding: cut the gradient of ``e`` where it enters the encoder of the states, so that the embedding is
+            learned from the dynamics.
+    """
+
+    def __init__(
+        self,
+        model: MetaSSM,
+        *,
+        read_in_dim: int | None = None,
+        embedding_encoder: type[EmbeddingEncoder] = SetEncoder,
+        detach_embedding: bool = True,
+    ):
+        super().__init__()
+        read_in_dim = max(16, 2 * model.latent_dim) if read_in_dim is None else read_in_dim
+        if read_in_dim < model.latent_dim:
+            raise ValueError(f"read_in_dim: needed at least latent_dim = {model.latent_dim}, got {read_in_dim}")
+        self._model = (model,)  # in a tuple: the guide does not own the model's parameters
+        self.config = {
+            "read_in_dim": read_in_dim,
+            "embedding_encoder": embedding_encoder,
+            "detach_embedding": detach_embedding,
+        }
+        self.read_in = ReadIn(model.neurons, read_in_dim)
+        self.encode_embedding = embedding_encoder(model.latent_dim, model.embedding_dim)
+        self.detach_embedding = detach_embedding
+        self.smoothing: Tensor
+        self.register_buffer("smoothing", torch.zeros(()))  # sd of the frame's Gaussian kernel, in bins; 0 is none
+
+    @property
+    def model(self) -> MetaSSM:
+        return self._model[0]
+
+    @abstractmethod
+    def latents_posterior(self, ybar: Tensor, frame: Tensor, e: Tensor, prior: MarkovPath, batch: Batch) -> TorchDistribution:
+        """``q(z_k | y_k, e_i)``, event ``(time, latent_dim)``; ``ybar`` and ``frame`` are those of :meth:`common_space`."""
+
+    def embedding_posterior(self, statistics: Tensor) -> TorchDistribution:
+        """``q(e_i | y)`` from the mean over trials of the encoder's means and variances ``(R, 2 embedding_dim)``."""
+        loc, variance = statistics.unsqueeze(-2).chunk(2, -1)
+        return dist.Normal(loc, variance.sqrt()).to_event(1)
+
+    def forward(self, batch: Batch) -> None:
+        model = self.model
+        ybar, frame, share = self.common_space(batch)
+        statistics = batch.embedding_statistics
+        if statistics is None:
+            statistics = self.embedding_statistics(frame, share, batch)
+        with model.recording_plate(batch):
+            e = pyro.sample("embedding", self.embedding_posterior(statistics))
+            with model.trial_plate(batch), pyro.poutine.scale(scale=batch.trial_scale):
+                seen = torch.cat([ybar, share], -1)
+                prior = model.path_prior(e, batch)
+                e = e.detach() if self.detach_embedding else e
+                pyro.sample("latents", self.latents_posterior(seen, frame, e, prior, batch))
+
+    def common_space(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+        """``ybar (R, K, T, read_in_dim)``, the frame ``(R, K, T, latent_dim)`` and the share of neurons seen."""
+        seen = batch.mask & batch.held_in[:, None, None, :]
+        ybar, share = self.read_in(batch.observations, seen, batch.recording, batch.held_in)
+        return ybar, smooth(ybar[..., : self.model.latent_dim], share, float(self.smoothing)), share
+
+    def embedding_statistics(self, frame: Tensor, share: Tensor, batch: Batch) -> Tensor:
+        """Mean over the trials that have data of the encoder's mean and variance, ``(R, 2 embedding_dim)`` (eq. 15)."""
+        mean, variance = self.encode_embedding(frame, share > 0)
+        has_data = (share > 0).any(-2).to(mean.dtype)  # (R, K, 1)
+        weight = has_data / has_data.sum(-2, keepdim=True).clamp(min=1)
+        return torch.cat([(mean * weight).sum(-2), (variance * weight).sum(-2)], -1)

@@ -1,0 +1,85 @@
+"""The paper's guide, of the Deep Kalman Filter family (eq. 15-17)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from pyro_metassm.distributions import MarkovPath, RolloutPath
+from pyro_metassm.guides.base import AmortizedGuide
+from pyro_metassm.guides.encoders import BidirectionalGRU, EmbeddingEncoder, SetEncoder
+from pyro_metassm.models.meta_ssm import MetaSSM
+from pyro_metassm.recordings import Batch
+
+
+class DKF(AmortizedGuide):
+    r"""``q(z_k | y_k, e_i) = prod_t Normal(mu_b([ybar_k; e_i])_t, var_b([ybar_k; e_i])_t)`` (eq. 16-17).
+
+    A bidirectional gated recurrent network reads the common space and the embedding. Its means correct the *frame*
+    (see :class:`AmortizedGuide`), so that a started guide begins as a sensible one.
+
+    Args:
+        model: the model that this guide is for.
+        read_in_dim: channels of the read-in of each recording; default ``max(16, 2 latent_dim)``.
+        common_dim: size of a second, shared linear layer with normalisation after the read-in; None for none.
+        hidden_dim: width of the recurrent network, each direction.
+        rollout_probability: while training, the probability that a bin's state is the dynamics applied to the state
+            before it (the bin's KL vanishes: still a valid bound). It teaches the dynamics to carry several steps.
+        embedding_encoder: :class:`~pyro_metassm.guides.encoders.SetEncoder` or ``RecurrentEncoder``.
+        detach_embedding: cut the gradient of ``e`` where it enters the state encoder.
+
+    Raises:
+        ValueError: for a probability outside [0, 1), or ``read_in_dim < latent_dim``.
+
+    Example:
+        >>> import pyro_metassm as pm
+        >>> recs = pm.simulate.limit_cycles([2.5, 5.0], num_trials=8, num_steps=20)
+        >>> model = pm.models.MetaSSM(recs, latent_dim=2, embedding_dim=1)
+        >>> guide = pm.guides.DKF(model, hidden_dim=32)
+    """
+
+    def __init__(
+        self,
+        model: MetaSSM,
+        *,
+        read_in_dim: int | None = None,
+        common_dim: int | None = None,
+        hidden_dim: int = 64,
+        rollout_probability: float = 0.2,
+        embedding_encoder: type[EmbeddingEncoder] = SetEncoder,
+        detach_embedding: bool = True,
+    ):
+        super().__init__(
+            model, read_in_dim=read_in_dim, embedding_encoder=embedding_encoder, detach_embedding=detach_embedding
+        )
+        if not 0 <= rollout_probability < 1:
+            raise ValueError(f"rollout_probability: needed a number in [0, 1), got {rollout_probability!r}")
+        self.config |= {
+            "common_dim": common_dim, "hidden_dim": hidden_dim, "rollout_probability": rollout_probability
+        }
+        read_in_dim = self.config["read_in_dim"]
+        self.common = None
+        if common_dim is not None:
+            self.common = nn.Sequential(nn.Linear(read_in_dim + 1, common_dim), nn.LayerNorm(common_dim), nn.SiLU())
+        in_dim = (read_in_dim + 1 if common_dim is None else common_dim) + model.latent_dim + model.embedding_dim
+        self.rnn = BidirectionalGRU(in_dim, hidden_dim)
+        self.correction = nn.Linear(2 * hidden_dim, 2 * model.latent_dim)
+        self.rollout_probability = rollout_probability
+        with torch.no_grad():  # start as the frame with a tenth of a latent's scale
+            self.correction.weight.mul_(0.1)
+            self.correction.bias.zero_()
+            self.correction.bias[model.latent_dim :] = -2.3
+
+    def latents_posterior(self, ybar: Tensor, frame: Tensor, e: Tensor, prior: MarkovPath, batch: Batch) -> RolloutPath:
+        common = ybar if self.common is None else self.common(ybar)
+        shape = (*e.shape[:-2], batch.num_trials, batch.num_bins)
+        inputs = torch.cat([
+            common.expand(*shape, -1), frame.expand(*shape, -1), e.unsqueeze(-2).expand(*shape, -1)
+        ], -1)
+        lengths = batch.time_mask.sum(-1).expand(shape[:-1]).flatten()
+        hidden = self.rnn(inputs.flatten(0, -3), lengths).unflatten(0, shape[:-1])
+        change, log_scale = self.correction(hidden).chunk(2, -1)
+        rollout = None
+        if self.training and self.rollout_probability > 0:
+            rollout = torch.rand(shape, device=frame.device) < self.rollout_probability
+        return RolloutPath(frame + change, log_scale.clamp(-7.0, 3.0).exp(), prior, rollout)

@@ -1,0 +1,113 @@
+"""Networks that read the common space: one trial to the embedding, one trial to its states."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+
+def smooth(x: Tensor, weight: Tensor, sd: float, leave_out: bool = False) -> Tensor:
+    """Weighted Gaussian smoothing along time; bins of weight 0 are filled from their neighbours.
+
+    Args:
+        x: ``(R, K, T, C)``.
+        weight: ``(R, K, T, 1)``, how much each bin counts.
+        sd: of the kernel in bins; 0 leaves ``x`` as it is.
+        leave_out: predict each bin from its neighbours only.
+    """
+    if sd <= 0:
+        return x
+    reach = min(int(4 * sd) + 1, x.shape[-2])
+    lag = torch.arange(-reach, reach + 1, dtype=x.dtype, device=x.device)
+    kernel = torch.exp(-0.5 * (lag / sd) ** 2).view(1, 1, -1)
+    if leave_out:
+        kernel[..., reach] = 0.0
+
+    def along_time(values: Tensor) -> Tensor:
+        rows = values.movedim(-1, -2)
+        return functional.conv1d(rows.reshape(-1, 1, rows.shape[-1]), kernel, padding=reach).reshape(rows.shape).movedim(-1, -2)
+
+    return along_time(x * weight) / along_time(weight).clamp(min=1e-6)
+
+
+class EmbeddingEncoder(nn.Module, ABC):
+    """One trial to the mean and the variance of the embedding, before averaging over trials (eq. 15).
+
+    Args:
+        latent_dim: channels of the frame.
+        embedding_dim: size of the embedding.
+        hidden_dim: width.
+    """
+
+    def __init__(self, latent_dim: int, embedding_dim: int, hidden_dim: int = 64):
+        super().__init__()
+        self.head = nn.Linear(hidden_dim, 2 * embedding_dim)
+        with torch.no_grad():  # start narrow: an embedding that is noise teaches the dynamics to ignore it
+            self.head.bias[embedding_dim:] = -4.0
+
+    @abstractmethod
+    def summary(self, frame: Tensor, seen: Tensor) -> Tensor:
+        """``frame (R, K, T, latent_dim)``, ``seen (R, K, T, 1)`` to a trial's summary ``(R, K, hidden_dim)``."""
+
+    def forward(self, frame: Tensor, seen: Tensor) -> tuple[Tensor, Tensor]:
+        mean, log_variance = self.head(self.summary(frame, seen)).chunk(2, -1)
+        return mean, log_variance.clamp(-12.0, 4.0).exp()
+
+
+class SetEncoder(EmbeddingEncoder):
+    """Mean over the bins of ``MLP([z_t, z_{t+1} - z_t])``: where the state is and how it moves, in any order."""
+
+    def __init__(self, latent_dim: int, embedding_dim: int, hidden_dim: int = 64):
+        super().__init__(latent_dim, embedding_dim, hidden_dim)
+        self.net = nn.Sequential(
+            nn.Linear(2 * latent_dim, hidden_dim), nn.SiLU(), nn.Linear(hidden_dim, hidden_dim), nn.SiLU()
+        )
+        # Steps are much smaller than states; their scale is set from the data by the warm start.
+        self.step_scale: Tensor
+        self.register_buffer("step_scale", torch.full((latent_dim,), 0.1))
+
+    def summary(self, frame: Tensor, seen: Tensor) -> Tensor:
+        if frame.shape[-2] == 1:  # a single bin has no step
+            frame, seen = frame.expand(*frame.shape[:-2], 2, -1), seen.expand(*seen.shape[:-2], 2, -1)
+        here, after = frame[..., :-1, :], frame[..., 1:, :]
+        both = (seen[..., :-1, :] & seen[..., 1:, :]).to(frame.dtype)
+        hidden = self.net(torch.cat([here, (after - here) / self.step_scale], -1))
+        return (hidden * both).sum(-2) / both.sum(-2).clamp(min=1)
+
+
+class RecurrentEncoder(EmbeddingEncoder):
+    """Last state of a gated recurrent network over the trial (the paper's choice)."""
+
+    def __init__(self, latent_dim: int, embedding_dim: int, hidden_dim: int = 64):
+        super().__init__(latent_dim, embedding_dim, hidden_dim)
+        self.rnn = nn.GRU(latent_dim + 1, hidden_dim, batch_first=True)
+
+    def summary(self, frame: Tensor, seen: Tensor) -> Tensor:
+        rows = torch.cat([frame, seen.to(frame.dtype)], -1).flatten(0, 1)
+        states, _ = self.rnn(rows)
+        position = torch.arange(1, rows.shape[-2] + 1, device=rows.device)
+        last = (position * seen.flatten(0, 1).squeeze(-1)).amax(-1).clamp(min=1) - 1
+        return states[torch.arange(len(rows), device=rows.device), last].unflatten(0, frame.shape[:2])
+
+
+class BidirectionalGRU(nn.Module):
+    """Forward and backward states of a trial; the backward network starts at the trial's own end, not in its padding.
+
+    Shape: ``(B, T, in)`` and lengths ``(B,)`` to ``(B, T, 2 hidden_dim)``.
+    """
+
+    def __init__(self, in_dim: int, hidden_dim: int):
+        super().__init__()
+        self.ahead = nn.GRU(in_dim, hidden_dim, batch_first=True)
+        self.back = nn.GRU(in_dim, hidden_dim, batch_first=True)
+
+    def forward(self, x: Tensor, lengths: Tensor) -> Tensor:
+        position = torch.arange(x.shape[-2], device=x.device)
+        mirror = torch.where(position < lengths[:, None], lengths[:, None] - 1 - position, position)
+        index = mirror.unsqueeze(-1)
+        ahead, _ = self.ahead(x)
+        back, _ = self.back(torch.take_along_dim(x, index, 1))
+        return torch.cat([ahead, torch.take_along_dim(back, index, 1)], -1)

@@ -1,0 +1,187 @@
+"""The meta-dynamical state space model as a Pyro program (Vermani et al., ICLR 2025, eq. 8-13)."""
+
+from __future__ import annotations
+
+import warnings
+from functools import partial
+
+import pyro
+import pyro.distributions as dist
+import torch
+from pyro.distributions import TorchDistribution
+from pyro.nn import PyroModule
+from torch import Tensor, nn
+
+from pyro_metassm.distributions import MarkovPath
+from pyro_metassm.dynamics import LowRankMLP
+from pyro_metassm.likelihoods import Gaussian, Likelihood
+from pyro_metassm.neurons import NeuronTable, ReadOut
+from pyro_metassm.recordings import Batch, Recordings
+
+
+class DiagonalNormal(nn.Module):
+    """A learned diagonal Normal over a state: ``loc`` (zero unless given) and ``scale``, both ``(latent_dim,)``."""
+
+    def __init__(self, latent_dim: int, scale: float):
+        super().__init__()
+        self.loc = nn.Parameter(torch.zeros(latent_dim))
+        self.log_scale = nn.Parameter(torch.full((latent_dim,), scale).log())
+
+    @property
+    def scale(self) -> Tensor:
+        return self.log_scale.exp()
+
+
+class DiagonalNoise(nn.Module):
+    """A learned diagonal scale ``(latent_dim,)``."""
+
+    def __init__(self, latent_dim: int, scale: float):
+        super().__init__()
+        self.log_scale = nn.Parameter(torch.full((latent_dim,), scale).log())
+
+    def forward(self) -> Tensor:
+        return self.log_scale.exp()
+
+
+class MetaSSM(PyroModule):
+    r"""One family of latent dynamics for many recordings, indexed by an embedding per recording.
+
+    For recording i, trial k and bin t (eq. 8-13)::
+
+        e_i              ~ Normal(0, I)                            site "embedding"     (recording, embedding_dim)
+        z_{k,1}          ~ Normal(mu_0, Sigma_0)
+        z_{k,t}|z_{k,t-1} ~ Normal(f_{theta + h(e_i)}(z_{k,t-1}), Q)   site "latents"   (trial, time, latent_dim)
+        y_{k,t}|z_{k,t}  ~ p(y | C_i z_{k,t} + d_i)                site "observations"  (trial, time, neuron)
+
+    A variant overrides one of the hooks :meth:`embedding_prior`, :meth:`adapt_dynamics`, :meth:`initial_state`,
+    :meth:`transition`, :meth:`likelihood`; :meth:`forward` stays as it is.
+
+    Args:
+        recordings: the recordings that the model is for (their names, neurons and the scale of their data).
+        latent_dim: number of latents.
+        embedding_dim: size of the embedding of a recording.
+        rank: rank of the embedding's update of the dynamics; 0 is shared dynamics.
+        hidden_dim: width of the two hidden layers of the dynamics.
+        likelihood: family of observations, a class of :mod:`pyro_metassm.likelihoods`.
+
+    Raises:
+        ValueError: for sizes below 1 (``rank`` below 0), or data that the family cannot have produced.
+
+    Example:
+        >>> import pyro_metassm as pm
+        >>> recs = pm.simulate.limit_cycles([2.5, 5.0], num_trials=8, num_steps=20)
+        >>> model = pm.models.MetaSSM(recs, latent_dim=2, embedding_dim=1)
+        >>> trace = pyro.poutine.trace(model).get_trace(recs.batch(model.names))
+        >>> trace.nodes["latents"]["value"].shape  # (recording, trial, time, latent_dim)
+        torch.Size([2, 8, 20, 2])
+    """
+
+    def __init__(
+        self,
+        recordings: Recordings | NeuronTable,
+        *,
+        latent_dim: int,
+        embedding_dim: int,
+        rank: int = 1,
+        hidden_dim: int = 64,
+        likelihood: type[Likelihood] = Gaussian,
+    ):
+        with pyro.settings.context(module_local_params=True):
+            super().__init__()
+        _check_sizes(latent_dim=latent_dim, embedding_dim=embedding_dim, hidden_dim=hidden_dim, rank=(rank, 0))
+        self.latent_dim, self.embedding_dim = latent_dim, embedding_dim
+        self.config = {
+            "latent_dim": latent_dim,
+            "embedding_dim": embedding_dim,
+            "rank": rank,
+            "hidden_dim": hidden_dim,
+            "likelihood": likelihood,
+        }
+        self.neurons = recordings if isinstance(recordings, NeuronTable) else NeuronTable.of(recordings)
+        self.dynamics = LowRankMLP(latent_dim, embedding_dim, rank=rank, hidden_dim=hidden_dim)
+        self.initial = DiagonalNormal(latent_dim, scale=1.0)
+        self.process_noise = DiagonalNoise(latent_dim, scale=0.1)
+        self.read_out = ReadOut(self.neurons, latent_dim)
+        self.observation = likelihood(self.neurons)
+        if isinstance(recordings, NeuronTable):  # sizes alone, as when a saved model is read: nothing to start from
+            return
+        for recording in recordings.values():
+            self.observation.check(recording)
+            if recording.inputs is not None:
+                warnings.warn(f"recording {recording.name!r} has inputs; MetaSSM's dynamics do not read them", stacklevel=2)
+        self.observation.start(recordings)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The recordings that the model knows, in the order of its rows."""
+        return self.neurons.names
+
+    # ---- the hooks: override any of them ------------------------------------------------------------------------
+
+    def embedding_prior(self) -> TorchDistribution:
+        """Prior of a recording's embedding, event ``(embedding_dim,)`` (eq. 8)."""
+        zero = self.process_noise.log_scale.new_zeros(self.embedding_dim)
+        return dist.Normal(zero, 1.0).to_event(1)
+
+    def adapt_dynamics(self, e: Tensor):
+        """The dynamics at embeddings ``e (..., R, 1, embedding_dim)``: a callable from states to next means (eq. 12)."""
+        return self.dynamics(e)
+
+    def initial_state(self, e: Tensor) -> TorchDistribution:
+        """Distribution of a trial's first state, event ``(latent_dim,)``."""
+        return dist.Normal(self.initial.loc, self.initial.scale).to_event(1)
+
+    def transition(self, z: Tensor, dynamics) -> TorchDistribution:
+        """Distribution of the successors of states ``z (..., K, latent_dim)``, batch ``(..., K)`` (eq. 10)."""
+        return dist.Normal(dynamics(z), self.process_noise()).to_event(1)
+
+    def likelihood(self, predictor: Tensor, recording: Tensor) -> TorchDistribution:
+        """Distribution over the neurons given ``predictor (..., R, K, T, neuron)``; ``recording (R,)`` are rows."""
+        return self.observation(predictor, recording)
+
+    def __call__(self, *args, **kwargs):
+        # Parameters stay in the module: Pyro's global store is neither read nor written, in any run of the program.
+        with pyro.settings.context(module_local_params=True):
+            return super().__call__(*args, **kwargs)
+
+    # ---- the program --------------------------------------------------------------------------------------------
+
+    def forward(self, batch: Batch) -> Tensor:
+        """Eq. 8-11 for all recordings of a batch at once; returns the predictor ``(..., R, K, T, neuron)``."""
+        with self.recording_plate(batch):
+            e = pyro.sample("embedding", self.embedding_prior())
+            with self.trial_plate(batch), pyro.poutine.scale(scale=batch.trial_scale):
+                z = pyro.sample("latents", self.path_prior(e, batch))
+                predictor = self.read_out(z, batch.recording, batch.width)
+                y = self.likelihood(predictor, batch.recording)
+                pyro.sample("observations", _observed(y, batch.mask), obs=batch.observations)
+        return predictor
+
+    def path_prior(self, e: Tensor, batch: Batch) -> MarkovPath:
+        """The prior of whole paths at embeddings ``e``; the guide's roll-outs use the same one."""
+        transition = partial(self.transition, dynamics=self.adapt_dynamics(e))
+        return MarkovPath(self.initial_state(e), transition, batch.num_bins, batch.time_mask)
+
+    def recording_plate(self, batch: Batch) -> pyro.plate:
+        """Scales a sub-sample of recordings up to all of them."""
+        return pyro.plate("recording", batch.num_recordings, subsample=torch.arange(len(batch.names)), dim=-2)
+
+    def trial_plate(self, batch: Batch) -> pyro.plate:
+        """Trials of the batch; ``batch.trial_scale`` scales each recording's trials up to all of its trials."""
+        return pyro.plate("trial", batch.num_trials, dim=-1)
+
+
+def _observed(y: TorchDistribution, mask: Tensor) -> TorchDistribution:
+    """``y`` over ``(time, neuron)`` as one event, in which what was not observed counts nothing."""
+    if len(y.event_shape) == 0:
+        return y.mask(mask).to_event(2)
+    if len(y.event_shape) == 1:  # a joint distribution over the neurons: a bin counts if any neuron was observed
+        return y.mask(mask.any(-1)).to_event(1)
+    raise ValueError(f"likelihood: needed a distribution of each neuron or over the neurons, got event shape {y.event_shape}")
+
+
+def _check_sizes(**sizes) -> None:
+    for name, size in sizes.items():
+        value, least = size if isinstance(size, tuple) else (size, 1)
+        if not isinstance(value, int) or value < least:
+            raise ValueError(f"{name}: needed an integer >= {least}, got {value!r}")

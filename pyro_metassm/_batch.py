@@ -1,0 +1,149 @@
+"""What a model sees: `Batch`, and how recordings become one (public in `pyro_metassm.recordings`)."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pyro_metassm import _checks as checks
+from pyro_metassm._recording import Recording
+
+
+@dataclass(frozen=True, eq=False)
+class Batch:
+    """Trials of R recordings, padded to K trials, T bins and N neurons; made by `Recordings.batch`.
+
+    Attributes:
+        names: The R recordings.
+        recording: `(R,)` long, the row of each in the model's tables.
+        observations: `(R, K, T, N)`, zero where missing or padded.
+        mask: `(R, K, T, N)` bool, True = observed.
+        time_mask: `(R, K, T)` bool, the bins that a trial has, observed or not.
+        held_in: `(R, N)` bool, the real neurons that the guide may see.
+        num_neurons: The R numbers of neurons.
+        trial_scale: `(R, 1)`, trials of the recording per trial of it in this batch.
+        inputs: `(R, K, T, input_dim)` or None.
+        num_recordings: Size of the recording plate: all recordings, of which the batch may hold some.
+        embedding_statistics: What a guide has gathered about the embeddings, where they must not come from
+            the trials of this batch; None otherwise.
+    """
+
+    names: tuple[str, ...]
+    recording: Tensor
+    observations: Tensor
+    mask: Tensor
+    time_mask: Tensor
+    held_in: Tensor
+    num_neurons: tuple[int, ...]
+    trial_scale: Tensor
+    inputs: Tensor | None
+    num_recordings: int
+    embedding_statistics: Tensor | None = None
+
+    @property
+    def num_trials(self) -> int:
+        """K, trials of each recording in the batch, padding included."""
+        return self.observations.shape[1]
+
+    @property
+    def num_bins(self) -> int:
+        """T, bins of each trial, padding included."""
+        return self.observations.shape[2]
+
+    @property
+    def width(self) -> int:
+        """N, neurons of the largest recording in the batch."""
+        return self.observations.shape[3]
+
+    def to(self, device: torch.device | str) -> Batch:
+        """The batch on another device."""
+        fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        moved: dict[str, Any] = {
+            key: value.to(device) for key, value in fields.items() if isinstance(value, Tensor)
+        }
+        return dataclasses.replace(self, **moved)
+
+
+def collate(
+    recs: Mapping[str, Recording],
+    table: Sequence[str],
+    *,
+    trials: Mapping[str, Any],
+    names: Iterable[str] | None,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> Batch:
+    """What `Recordings.batch` says."""
+    chosen = [recs[name] for name in (recs if names is None else names)]
+    known = {name: row for row, name in enumerate(table)}
+    for recording in chosen:
+        if recording.name not in known:
+            raise checks.fail(
+                recording.name,
+                f"a recording that the model or fit knows ({checks.some([repr(name) for name in known])})",
+                "another one",
+                "use pm.adapt to add recordings to a fit, or make the model with it",
+            )
+    chosen_names = tuple(recording.name for recording in chosen)
+    if not chosen or len(set(chosen_names)) < len(chosen) or not set(trials) <= set(chosen_names):
+        raise ValueError(
+            f"batch: needed each recording once and trials of these only, got the recordings {chosen_names} "
+            f"and trials of {tuple(trials)}; correct `names` or `trials`"
+        )
+    indices = []
+    for recording in chosen:
+        index = np.arange(recording.num_trials)
+        if recording.name in trials:
+            index = index[np.asarray(trials[recording.name])]
+            if index.ndim != 1 or len(index) == 0:
+                raise checks.fail(
+                    recording.name, "trials for a batch", "none", "give at least one index, in a list"
+                )
+        indices.append(index)
+    num_trials = max(len(index) for index in indices)
+    lengths = np.zeros((len(chosen), num_trials), dtype=np.int64)
+    for row, recording, index in zip(lengths, chosen, indices, strict=True):
+        row[: len(index)] = recording.lengths[index]
+    num_neurons = tuple(recording.num_neurons for recording in chosen)
+    held_in = np.zeros((len(chosen), max(num_neurons)), dtype=bool)
+    for seen, recording in zip(held_in, chosen, strict=True):
+        seen[: recording.num_neurons] = ~recording.held_out_neurons
+
+    shape = (len(chosen), num_trials, int(lengths.max()))
+    observations = torch.zeros(*shape, max(num_neurons), dtype=dtype, device=device)
+    mask = torch.zeros(observations.shape, dtype=torch.bool, device=device)
+    num_inputs = num_inputs_of(chosen[0])
+    inputs = torch.zeros(*shape, num_inputs, dtype=dtype, device=device) if num_inputs else None
+    for r, (recording, index) in enumerate(zip(chosen, indices, strict=True)):
+        time = int(lengths[r].max())
+        where = (r, slice(len(index)), slice(time), slice(recording.num_neurons))
+        rows = torch.from_numpy(index).to(device)
+        values, observed, given = recording.on(dtype, device)
+        observations[where] = values[:, :time].index_select(0, rows)
+        mask[where] = observed[:, :time].index_select(0, rows)
+        if inputs is not None and given is not None:
+            inputs[r, : len(index), :time] = given[:, :time].index_select(0, rows)
+    scale = [[recording.num_trials / len(index)] for recording, index in zip(chosen, indices, strict=True)]
+    return Batch(
+        names=chosen_names,
+        recording=torch.tensor([known[name] for name in chosen_names], device=device),
+        observations=observations,
+        mask=mask,
+        time_mask=torch.arange(shape[2], device=device) < torch.from_numpy(lengths).to(device)[..., None],
+        held_in=torch.from_numpy(held_in).to(device),
+        num_neurons=num_neurons,
+        trial_scale=torch.tensor(scale, dtype=dtype, device=device),
+        inputs=inputs,
+        num_recordings=len(recs),
+    )
+
+
+def num_inputs_of(recording: Recording) -> int:
+    """Dims of the inputs, 0 without."""
+    return 0 if recording.inputs is None else recording.inputs.shape[-1]

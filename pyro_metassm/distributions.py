@@ -1,0 +1,211 @@
+"""A whole latent path as one distribution, and the divergence between two of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pyro.distributions as dist
+import torch
+from pyro.distributions import TorchDistribution
+from torch import Tensor
+from torch.distributions import constraints, kl_divergence
+
+Transition = Callable[[Tensor], TorchDistribution]
+"""``(..., K, latent_dim) -> Distribution`` with batch shape ``(..., K)`` and event shape ``(latent_dim,)``."""
+
+
+class MarkovPath(TorchDistribution):
+    r"""Path of a Markov chain, ``p(z_1) prod_t p(z_t | z_{t-1})`` (eq. 9-10), with event shape ``(time, latent_dim)``.
+
+    ``rsample`` steps through time; ``log_prob`` calls the transition once, on all time steps together.
+
+    Args:
+        initial: distribution of the first state, event shape ``(latent_dim,)``.
+        transition: from states ``(..., K, latent_dim)`` to the distribution of their successors, batch ``(..., K)``
+            and event ``(latent_dim,)``; called with K = 1 in ``rsample`` and K = num_steps - 1 in ``log_prob``.
+        num_steps: number of time bins, at least 1.
+        mask: ``(..., num_steps)`` bool, False where a trial has already ended: those bins have no density. Ends of
+            trials only: a bin that exists and was not observed stays True (it still links its neighbours).
+
+    Raises:
+        ValueError: if ``initial`` is not over a vector, ``num_steps < 1``, or the mask's last size is not ``num_steps``.
+
+    Example:
+        >>> initial = dist.Normal(torch.zeros(2), 1.0).to_event(1)
+        >>> path = MarkovPath(initial, lambda z: dist.Normal(0.9 * z, 0.1).to_event(1), num_steps=5)
+        >>> path.log_prob(path.rsample((3,))).shape
+        torch.Size([3])
+    """
+
+    arg_constraints: dict = {}
+    support = constraints.independent(constraints.real, 2)
+
+    def __init__(
+        self,
+        initial: TorchDistribution,
+        transition: Transition,
+        num_steps: int,
+        mask: Tensor | None = None,
+        validate_args: bool | None = None,
+    ):
+        if len(initial.event_shape) != 1:
+            raise ValueError(
+                f"MarkovPath needs an initial distribution with event shape (latent_dim,), got {tuple(initial.event_shape)}; "
+                "use .to_event(1)"
+            )
+        if num_steps < 1:
+            raise ValueError(f"MarkovPath needs num_steps >= 1, got {num_steps}")
+        if mask is not None and mask.shape[-1] != num_steps:
+            raise ValueError(f"MarkovPath needs a mask of (..., {num_steps}), got {tuple(mask.shape)}")
+        batch_shape = initial.batch_shape
+        if mask is not None:
+            batch_shape = torch.broadcast_shapes(batch_shape, mask.shape[:-1])
+        self.initial, self.transition, self.num_steps, self.mask_of_bins = initial, transition, num_steps, mask
+        super().__init__(batch_shape, torch.Size((num_steps, *initial.event_shape)), validate_args=validate_args)
+
+    @property
+    def has_rsample(self) -> bool:
+        return self.initial.has_rsample
+
+    def expand(self, batch_shape, _instance=None) -> MarkovPath:
+        initial = self.initial.expand(batch_shape)
+        return MarkovPath(initial, self.transition, self.num_steps, self.mask_of_bins, validate_args=False)
+
+    def rsample(self, sample_shape: torch.Size = torch.Size()) -> Tensor:
+        return self._draw(sample_shape, "rsample")
+
+    def sample(self, sample_shape: torch.Size = torch.Size()) -> Tensor:
+        with torch.no_grad():
+            return self._draw(sample_shape, "sample")
+
+    def _draw(self, sample_shape, how: str) -> Tensor:
+        z = getattr(self.initial.expand(self.batch_shape), how)(sample_shape).unsqueeze(-2)
+        states = [z]
+        for _ in range(self.num_steps - 1):
+            z = getattr(self.transition(z), how)()
+            states.append(z)
+        return torch.cat(states, -2)
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        """Sum over the bins that exist of the initial and transition log densities, shape ``batch_shape``."""
+        return self.log_factors(value).sum(-1)
+
+    def log_factors(self, value: Tensor) -> Tensor:
+        """Log density of every bin given the bin before, ``(..., num_steps)``; 0 after a trial's end."""
+        first = self.initial.log_prob(value[..., 0, :]).unsqueeze(-1)
+        if self.num_steps == 1:
+            factors = first
+        else:
+            rest = self.transition(value[..., :-1, :]).log_prob(value[..., 1:, :])
+            factors = torch.cat([first.expand(*rest.shape[:-1], 1), rest], -1)
+        return self.masked(factors)
+
+    def masked(self, factors: Tensor) -> Tensor:
+        return factors if self.mask_of_bins is None else factors.masked_fill(~self.mask_of_bins, 0.0)
+
+
+class RolloutPath(TorchDistribution):
+    r"""Variational path: an encoder's independent Normals, some bins replaced by roll-outs of the prior.
+
+    Bin t has the factor ``Normal(loc_t, scale_t)``, or, where ``rollout`` is True, the prior's own
+    ``p(z_t | z_{t-1})``, whose divergence from the prior is zero: a legal variational factor that teaches the dynamics
+    to carry several steps (paper, eq. 16; roll-outs: practice known to help). Runs of such bins are advanced together,
+    one pass per depth of run, not one per bin.
+
+    Args:
+        loc, scale: ``(..., time, latent_dim)`` of the encoder.
+        prior: the path's prior; its transition makes the roll-outs, its mask says which bins exist.
+        rollout: ``(..., time)`` bool or None; the first bin is always the encoder's.
+    """
+
+    arg_constraints: dict = {}
+    support = constraints.independent(constraints.real, 2)
+    has_rsample = True
+
+    def __init__(self, loc: Tensor, scale: Tensor, prior: MarkovPath, rollout: Tensor | None = None, validate_args=None):
+        batch_shape = torch.broadcast_shapes(loc.shape[:-2], prior.batch_shape)
+        if rollout is not None:
+            rollout = rollout.clone()
+            rollout[..., 0] = False
+            rollout = rollout.expand(*batch_shape, prior.num_steps)
+        self.loc, self.scale, self.prior, self.rollout = loc, scale, prior, rollout
+        super().__init__(batch_shape, loc.shape[-2:], validate_args=validate_args)
+
+    def expand(self, batch_shape, _instance=None) -> RolloutPath:
+        shape = (*batch_shape, *self.event_shape)
+        return RolloutPath(self.loc.expand(shape), self.scale.expand(shape), self.prior, self.rollout, validate_args=False)
+
+    def rsample(self, sample_shape: torch.Size = torch.Size()) -> Tensor:
+        shape = (*sample_shape, *self.batch_shape, *self.event_shape)
+        z = self.loc + self.scale * torch.randn(shape, dtype=self.loc.dtype, device=self.loc.device)
+        if self.rollout is None:
+            return z
+        depth = _run_depth(self.rollout)
+        for level in range(1, int(depth.max()) + 1):
+            bins = _padded_positions(depth == level).expand(*z.shape[:-2], -1)  # (..., W); padding = num_steps
+            index = bins.unsqueeze(-1).expand(*bins.shape, z.shape[-1])
+            before = torch.take_along_dim(z, (index - 1), -2)
+            after = self.prior.transition(before).rsample()
+            # Padding is written to a slot behind the path, which is cut off again.
+            z = torch.cat([z, z[..., -1:, :]], -2).scatter(-2, index, after)[..., :-1, :]
+        return z
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        encoder = dist.Normal(self.loc, self.scale).log_prob(value).sum(-1)
+        if self.rollout is not None:
+            encoder = torch.where(self.rollout, self.prior.log_factors(value), encoder)
+        return self.prior.masked(encoder).sum(-1)
+
+    def kl_given(self, prior: MarkovPath, value: Tensor) -> Tensor:
+        """``sum_t KL( q(z_t) || p(z_t | z_{t-1}) )`` at the sampled previous states, shape of the batch.
+
+        Bin by bin analytic where the prior's factor is Normal, the sampled log ratio where it is not.
+        """
+        kl = _kl_or_sampled(self._encoder(0), prior.initial, value[..., 0, :]).unsqueeze(-1)
+        if prior.num_steps > 1:
+            successor = prior.transition(value[..., :-1, :])
+            rest = _kl_or_sampled(self._encoder(slice(1, None)), successor, value[..., 1:, :])
+            kl = torch.cat([kl.expand(*rest.shape[:-1], 1), rest], -1)
+        if self.rollout is not None:
+            kl = kl.masked_fill(self.rollout, 0.0)
+        return prior.masked(kl).sum(-1)
+
+    def _encoder(self, bins: int | slice) -> TorchDistribution:
+        return dist.Normal(self.loc[..., bins, :], self.scale[..., bins, :]).to_event(1)
+
+
+def _run_depth(rollout: Tensor) -> Tensor:
+    """Length of the run of True that ends at each position (0 where False); the first position is False."""
+    position = torch.arange(rollout.shape[-1], device=rollout.device)
+    last_false = torch.where(rollout, 0, position).cummax(-1).values
+    return position - last_false
+
+
+def _padded_positions(mask: Tensor) -> Tensor:
+    """Positions of True along the last dimension, ``(..., W)``, padded with the dimension's size."""
+    size = mask.shape[-1]
+    position = torch.where(mask, torch.arange(size, device=mask.device), size)
+    return position.sort(-1).values[..., : int(mask.sum(-1).max())]
+
+
+def _kl_or_sampled(q: TorchDistribution, p: TorchDistribution, value: Tensor) -> Tensor:
+    try:
+        return kl_divergence(q, p)
+    except NotImplementedError:
+        return q.log_prob(value) - p.log_prob(value)
+
+
+def conditional_kl(q: TorchDistribution, p: TorchDistribution, value: Tensor) -> Tensor:
+    """KL of a site's posterior from its prior: analytic where both sides allow it, else one-sample Monte Carlo.
+
+    Args:
+        q: the guide's distribution.
+        p: the model's, given the sampled values of the sites before it.
+        value: the value drawn from ``q``.
+
+    Returns:
+        the divergence (or an unbiased estimate), of shape ``q.batch_shape``.
+    """
+    if isinstance(q, RolloutPath) and isinstance(p, MarkovPath):
+        return q.kl_given(p, value)
+    return _kl_or_sampled(q, p, value)

@@ -1,0 +1,111 @@
+"""Latent dynamics, and how the embedding of a recording changes them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+
+class LowRankHypernetwork(nn.Module):
+    r"""Low-rank updates of weight matrices, ``h(e) = u(e) v(e)^T`` (eq. 12-13).
+
+    A trunk shared by all matrices, a head ``u`` and a head ``v`` for each. ``u(e) = head(trunk(e)) - head(trunk(0))``,
+    so that the update vanishes at ``e = 0``: the origin of the embedding is the shared dynamics.
+
+    Args:
+        embedding_dim: size of the embedding.
+        shapes: ``(in, out)`` of each adapted matrix.
+        rank: rank of the updates; 0 is no update at all.
+        hidden_dim: width of the trunk.
+    """
+
+    def __init__(self, embedding_dim: int, shapes: Sequence[tuple[int, int]], rank: int, hidden_dim: int = 32):
+        super().__init__()
+        self.shapes, self.rank = tuple(shapes), rank
+        self.trunk = nn.Sequential(nn.Linear(embedding_dim, hidden_dim), nn.SiLU())
+        self.u = nn.ModuleList(nn.Linear(hidden_dim, inp * rank, bias=False) for inp, _ in shapes if rank)
+        self.v = nn.ModuleList(nn.Linear(hidden_dim, out * rank) for _, out in shapes if rank)
+
+    def forward(self, e: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """``e (..., embedding_dim)`` to ``[(u (..., in, rank), v (..., out, rank)), ...]``."""
+        trunk = self.trunk(e)
+        change = trunk - self.trunk(torch.zeros_like(e))
+        return [
+            (u(change).unflatten(-1, (inp, self.rank)), v(trunk).unflatten(-1, (out, self.rank)) * inp**-0.5)
+            for (inp, out), u, v in zip(self.shapes, self.u, self.v, strict=False)
+        ]
+
+
+class AdaptedMLP:
+    """The dynamics of one draw of embeddings: ``z (..., K, latent_dim) -> next mean``, weights made once.
+
+    Low-rank updates are applied in factored form, ``x W + (x u) v^T``; the adapted matrix is never built.
+    """
+
+    def __init__(self, mlp: LowRankMLP, updates: Sequence[tuple[Tensor, Tensor]]):
+        self.mlp, self.updates = mlp, updates
+
+    def __call__(self, z: Tensor) -> Tensor:
+        x = z
+        for number, layer in enumerate(self.mlp.layers):
+            out = layer(x)
+            if number < len(self.updates):
+                u, v = self.updates[number]
+                out = out + _times(_times(x, u), v.mT)
+            x = self.mlp.activation(out) if number + 1 < len(self.mlp.layers) else out
+        return z + x if self.mlp.residual else x
+
+    def update_norm(self) -> Tensor:
+        """Mean over the recordings of the squared Frobenius norms of the updates, ``sum |u v^T|^2``."""
+        norms = [((u.mT @ u) * (v.mT @ v)).sum((-1, -2)).mean() for u, v in self.updates]
+        return torch.stack(norms).sum() if norms else torch.zeros(())
+
+
+def _times(x: Tensor, weight: Tensor) -> Tensor:
+    """``x (..., R, K, T, in) @ weight (..., R, 1, in, out)``: one product a recording, trials and bins together."""
+    if weight.dim() == x.dim() >= 3 and weight.shape[-3] == 1:
+        trials, bins = x.shape[-3:-1]
+        return torch.matmul(x.flatten(-3, -2), weight.squeeze(-3)).unflatten(-2, (trials, bins))
+    return torch.matmul(x, weight)
+
+
+class LowRankMLP(nn.Module):
+    r"""Residual dynamics with two hidden layers and a low-rank update by the embedding (eq. 12-13).
+
+    ``f_e(z) = z + W_o s( [W_h + u_2 v_2^T] s( [W_i + u_1 v_1^T] z ) )``; biases are shared and not adapted.
+
+    Args:
+        latent_dim: number of latents.
+        embedding_dim: size of the embedding.
+        rank: rank of the updates of the input and the hidden matrix; 0 gives shared dynamics.
+        hidden_dim: width of both hidden layers.
+        residual: add ``z`` to the output.
+        activation: between layers.
+    """
+
+    def __init__(
+        self,
+        latent_dim: int,
+        embedding_dim: int,
+        *,
+        rank: int = 1,
+        hidden_dim: int = 64,
+        residual: bool = True,
+        activation: Callable[[Tensor], Tensor] = functional.silu,
+    ):
+        super().__init__()
+        widths = (latent_dim, hidden_dim, hidden_dim, latent_dim)
+        self.layers = nn.ModuleList(nn.Linear(inp, out) for inp, out in zip(widths, widths[1:], strict=False))
+        with torch.no_grad():  # start near the identity: a small step away from z
+            self.layers[-1].weight.mul_(0.3)
+            self.layers[-1].bias.zero_()
+        adapted = tuple(zip(widths[:2], widths[1:3], strict=True))
+        self.hypernetwork = LowRankHypernetwork(embedding_dim, adapted, rank)
+        self.residual, self.activation = residual, activation
+
+    def forward(self, e: Tensor) -> AdaptedMLP:
+        """``e (..., embedding_dim)``, batch shape ``(..., R, 1)`` in the model, to these recordings' dynamics."""
+        return AdaptedMLP(self, self.hypernetwork(e))

@@ -1,0 +1,112 @@
+"""The evidence lower bound of a sequential model, term by term."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import pyro
+import torch
+from pyro import poutine
+from pyro.distributions.util import scale_and_mask
+from pyro.infer import ELBO
+from pyro.poutine.util import prune_subsample_sites
+from torch import Tensor
+
+from pyro_metassm.distributions import conditional_kl
+
+
+@dataclass(frozen=True)
+class Terms:
+    """The parts of one estimate of the full-data ELBO (nats): ``elbo = log_likelihood - sum(kl.values())``.
+
+    Attributes:
+        elbo: their sum, with its gradient.
+        log_likelihood: of all observed sites.
+        kl: divergence by latent site.
+        by_recording: the ELBO of each recording of the batch, scaled as in the sum, ``(R,)``.
+        embedding: the value drawn for the embedding.
+    """
+
+    elbo: Tensor
+    log_likelihood: Tensor
+    kl: dict[str, Tensor]
+    by_recording: Tensor
+    embedding: Tensor
+
+
+class SequentialELBO(ELBO):
+    r"""One-sample ELBO in which the KL of a site is analytic wherever its two distributions allow it.
+
+    ``ELBO = sum_obs E[log p(y | z)] - sum_latent KL(q || p)`` (eq. 17). The KL of a path is taken bin by bin given the
+    sampled previous state, so it is exact only given the rest of the sample; it stays unbiased. Sites whose
+    distributions have no closed form fall back to ``log q - log p`` at the sample. Plates carry the scale of
+    sub-samples: trial terms count for all trials, the KL of the embedding once a recording.
+
+    Raises:
+        ValueError: a latent site of the model that the guide lacks, or the reverse.
+    """
+
+    def terms(self, model, guide, *args, **kwargs) -> Terms:
+        """The ELBO and its parts for one draw of the guide."""
+        guide_trace = poutine.trace(guide).get_trace(*args, **kwargs)
+        model_trace = poutine.trace(poutine.replay(model, trace=guide_trace)).get_trace(*args, **kwargs)
+        guide_trace, model_trace = prune_subsample_sites(guide_trace), prune_subsample_sites(model_trace)
+        check_sites(model_trace, guide_trace)
+        log_likelihood: Tensor = torch.zeros(())
+        by_recording: Tensor = torch.zeros(())
+        kl = {}
+        for name, site in model_trace.nodes.items():
+            if site["type"] != "sample":
+                continue
+            if site["is_observed"]:
+                term = scale_and_mask(site["fn"].log_prob(site["value"]), site["scale"], site["mask"])
+                log_likelihood = log_likelihood + term.sum()
+            else:
+                divergence = conditional_kl(guide_trace.nodes[name]["fn"], site["fn"], site["value"])
+                term = -scale_and_mask(divergence, site["scale"], site["mask"])
+                kl[name] = -term.sum()
+            if term.dim() >= 2:  # inside the recording plate
+                by_recording = by_recording + term.sum(tuple(d for d in range(term.dim()) if d != term.dim() - 2))
+        elbo = log_likelihood - sum(kl.values())
+        return Terms(elbo, log_likelihood, kl, by_recording.detach(), guide_trace.nodes["embedding"]["value"])
+
+    def loss(self, model, guide, *args, **kwargs) -> float:
+        """Minus the ELBO as a number."""
+        with torch.no_grad():
+            return float(self.differentiable_loss(model, guide, *args, **kwargs))
+
+    def differentiable_loss(self, model, guide, *args, **kwargs) -> Tensor:
+        """Minus the ELBO, averaged over ``num_particles`` draws."""
+        draws = [self.terms(model, guide, *args, **kwargs).elbo for _ in range(self.num_particles)]
+        return -torch.stack(draws).mean()
+
+    def loss_and_grads(self, model, guide, *args, **kwargs) -> float:
+        """Minus the ELBO, with gradients accumulated into the modules' parameters."""
+        loss = self.differentiable_loss(model, guide, *args, **kwargs)
+        loss.backward()
+        return float(loss)
+
+    def _get_trace(self, model, guide, args, kwargs):
+        raise NotImplementedError("SequentialELBO makes its traces in `terms`")
+
+
+def check_sites(model_trace: poutine.Trace, guide_trace: poutine.Trace) -> None:
+    """Every latent site of the model has its partner in the guide, and the reverse.
+
+    Raises:
+        ValueError: naming the sites, and what to do.
+    """
+
+    def latent(trace: poutine.Trace) -> set[str]:
+        return {n for n, s in trace.nodes.items() if s["type"] == "sample" and not s["is_observed"]}
+
+    lacking, unknown = latent(model_trace) - latent(guide_trace), latent(guide_trace) - latent(model_trace)
+    unknown -= {n for n in unknown if guide_trace.nodes[n]["infer"].get("is_auxiliary")}
+    if lacking:
+        raise ValueError(
+            f"the guide lacks the model's latent site(s) {sorted(lacking)}; needed a posterior for each: subclass the guide "
+            "and sample them in its forward before calling super().forward(batch), e.g. "
+            "pyro.sample(name, dist.Delta(parameter).to_event(...)), or make them parameters of the model"
+        )
+    if unknown:
+        raise ValueError(f"the guide samples {sorted(unknown)}, which the model does not have; remove them from the guide")

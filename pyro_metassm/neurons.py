@@ -1,0 +1,171 @@
+"""Parameters that belong to neurons, kept in one table for all recordings.
+
+Recordings have different numbers of neurons. Every parameter of a neuron (read-in and read-out weights, noise) is a
+row of one flat table over the neurons of *all* recordings; a batch gathers the rows that it needs into a padded
+``(recording, neuron, ...)`` tensor, so that every computation runs once for all recordings.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from pyro_metassm.recordings import Recordings
+
+
+class NeuronTable(nn.Module):
+    """Which rows of a flat table over all neurons belong to which recording.
+
+    Args:
+        names: the recordings' names, in the order of the model's rows.
+        num_neurons: the number of neurons of each.
+
+    Raises:
+        ValueError: without recordings, with a recording without neurons, or with unequal lengths.
+
+    Example:
+        >>> table = NeuronTable(["a", "b"], [2, 3])
+        >>> table.rows(torch.tensor([1]), width=3)
+        tensor([[2, 3, 4]])
+    """
+
+    index: Tensor
+
+    def __init__(self, names: Sequence[str], num_neurons: Sequence[int]):
+        super().__init__()
+        if not names or len(names) != len(num_neurons) or min(num_neurons) < 1:
+            raise ValueError(
+                "a neuron table needs at least one recording and at least one neuron in each, "
+                f"got names {list(names)} with neurons {list(num_neurons)}"
+            )
+        self.names = tuple(names)
+        self.num_neurons = tuple(int(n) for n in num_neurons)
+        index = torch.zeros(len(names), max(num_neurons), dtype=torch.long)
+        first = 0
+        for row, count in enumerate(self.num_neurons):
+            index[row, :count] = torch.arange(first, first + count)
+            first += count
+        # Padding points at row 0: it is finite, and whatever it produces is masked, so it gets no gradient.
+        self.register_buffer("index", index, persistent=False)
+
+    @classmethod
+    def of(cls, recordings: Recordings) -> NeuronTable:
+        """The table of these recordings' neurons."""
+        return cls(list(recordings), [recording.num_neurons for recording in recordings.values()])
+
+    @property
+    def total(self) -> int:
+        """Neurons in all recordings together."""
+        return sum(self.num_neurons)
+
+    def slice(self, name: str) -> slice:
+        """The rows of one recording in a flat table."""
+        row = self.names.index(name)
+        first = sum(self.num_neurons[:row])
+        return slice(first, first + self.num_neurons[row])
+
+    def rows(self, recording: Int[Tensor, " R"], width: int) -> Int[Tensor, "R width"]:
+        """Rows of the flat table for the first ``width`` neurons of each recording, padded with row 0."""
+        return self.index[recording, :width]
+
+    def gather(self, parameter: Float[Tensor, "total ..."], recording: Int[Tensor, " R"], width: int) -> Tensor:
+        """Rows of ``parameter`` as a padded tensor ``(R, width, ...)``."""
+        rows = self.rows(recording, width)
+        return parameter.index_select(0, rows.reshape(-1)).reshape(*rows.shape, *parameter.shape[1:])
+
+
+def linear_by_recording(
+    x: Float[Tensor, "... R K T inp"], weight: Float[Tensor, "R inp out"], bias: Float[Tensor, "R out"] | None = None
+) -> Float[Tensor, "... R K T out"]:
+    """``x_r W_r + b_r`` for every recording, as one batched product over (draws,) trials and bins."""
+    lead, (num, trials, bins, _) = x.shape[:-4], x.shape[-4:]
+    # Leading dimensions (posterior draws) join the rows of their recording's product.
+    rows = x.movedim(-4, 0).reshape(num, -1, x.shape[-1])
+    out = torch.bmm(rows, weight) if bias is None else torch.baddbmm(bias.unsqueeze(-2), rows, weight)
+    return out.reshape(num, *lead, trials, bins, -1).movedim(0, -4)
+
+
+class ReadOut(nn.Module):
+    """Affine read-out of every recording, ``predictor = z C_i + d_i`` (eq. 10).
+
+    Args:
+        neurons: the table of all neurons.
+        latent_dim: number of latents.
+
+    Shape: ``(..., R, K, T, latent_dim) -> (..., R, K, T, neuron)``.
+    """
+
+    def __init__(self, neurons: NeuronTable, latent_dim: int):
+        super().__init__()
+        self.neurons = neurons
+        self.weight = nn.Parameter(torch.randn(neurons.total, latent_dim) * latent_dim**-0.5)
+        self.bias = nn.Parameter(torch.zeros(neurons.total))
+
+    def forward(self, z: Tensor, recording: Tensor, width: int | None = None) -> Tensor:
+        width = max(self.neurons.num_neurons) if width is None else width
+        weight = self.neurons.gather(self.weight, recording, width)
+        bias = self.neurons.gather(self.bias, recording, width)
+        return linear_by_recording(z, weight.transpose(-1, -2), bias)
+
+
+class ReadIn(nn.Module):
+    """Linear read-in of every recording, ``ybar = ((s(y) - m_i) / c_i * seen) W_i * N_i / seen_i + b_i`` (eq. 14).
+
+    ``s`` is the square root for counts (it evens out their noise) and the identity otherwise; ``m_i`` are the means of
+    the neurons and ``c_i`` the scale of the recording, both set once by :meth:`start`. Missing bins and held-out neurons
+    contribute nothing; the rest is scaled up by the share of neurons seen, so that a few missing neurons do not shrink
+    the projection.
+
+    Args:
+        neurons: the table of all neurons.
+        out_dim: channels of the common space.
+
+    Shape: ``(R, K, T, neuron) -> (R, K, T, out_dim)``, and the share of neurons seen ``(R, K, T, 1)``.
+    """
+
+    center: Tensor
+    scale: Tensor
+    counts: Tensor
+    started: Tensor
+
+    def __init__(self, neurons: NeuronTable, out_dim: int):
+        super().__init__()
+        self.neurons = neurons
+        sizes = torch.tensor(neurons.num_neurons)
+        self.weight = nn.Parameter(torch.randn(neurons.total, out_dim) * sizes.repeat_interleave(sizes)[:, None] ** -0.5)
+        self.bias = nn.Parameter(torch.zeros(len(neurons.names), out_dim))
+        self.register_buffer("center", torch.zeros(neurons.total))
+        self.register_buffer("scale", torch.ones(len(neurons.names)))
+        self.register_buffer("counts", torch.zeros(len(neurons.names), dtype=torch.bool))
+        self.register_buffer("started", torch.tensor(False))
+
+    def start(self, recordings: Recordings) -> None:
+        """Set the transform, the means and the scale of every recording from the data, once."""
+        if self.started:
+            return
+        for name, recording in recordings.items():
+            row, rows = self.neurons.names.index(name), self.neurons.slice(name)
+            values, mask = recording.values, recording.mask
+            counts = bool((values >= 0).all() and (values == np.round(values)).all())
+            features = np.sqrt(values) if counts else values
+            self.counts[row] = counts
+            self.center[rows] = torch.as_tensor(features.mean((0, 1), where=mask)).to(self.center)
+            self.scale[row] = max(float(np.sqrt(features.var((0, 1), where=mask).mean())), 1e-6)
+        self.started.fill_(True)
+
+    def features(self, observations: Tensor, seen: Tensor, recording: Tensor) -> Tensor:
+        """Centred and scaled features of the neurons, zero where not seen, ``(R, K, T, neuron)``."""
+        center = self.neurons.gather(self.center, recording, observations.shape[-1])[:, None, None, :]
+        counts, scale = (b[recording].view(-1, 1, 1, 1) for b in (self.counts, self.scale))
+        features = torch.where(counts, observations.clamp(min=0).sqrt(), observations)
+        return (features - center) / scale * seen
+
+    def forward(self, observations: Tensor, seen: Tensor, recording: Tensor, held_in: Tensor) -> tuple[Tensor, Tensor]:
+        weight = self.neurons.gather(self.weight, recording, observations.shape[-1])
+        share = seen.sum(-1, keepdim=True) / held_in.sum(-1).clamp(min=1)[:, None, None, None]
+        ybar = linear_by_recording(self.features(observations, seen, recording), weight) / share.clamp(min=1e-6)
+        return (ybar + self.bias[recording][:, None, None, :]) * (share > 0), share

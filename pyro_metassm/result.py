@@ -1,0 +1,94 @@
+"""What a fit is: trained copies, how they were trained, and what is known of every recording's embedding."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+import xarray as xr
+from torch import Tensor, nn
+
+from pyro_metassm.recordings import Recordings
+
+ELEMENTS = 4_000_000  # observations a chunk of the passes over the data
+
+
+@dataclass(eq=False)
+class Fit:
+    """The result of :func:`pyro_metassm.fit`; everything done with a fit takes it.
+
+    Attributes:
+        model, guide: trained copies.
+        history: over ``step``: ``elbo``, ``log_likelihood``, ``kl_latents``, ``kl_embedding`` (nats, full data),
+            ``gradient_norm`` (of the ELBO per observed number), ``learning_rate``, ``seconds`` of the step, and
+            ``validation_elbo`` where it was asked for.
+        statistics: what the guide gathered of the embeddings from the training trials, ``(recording, ...)``.
+        seed: of the fit.
+    """
+
+    model: nn.Module
+    guide: nn.Module
+    history: xr.Dataset
+    statistics: Tensor
+    seed: int = 0
+    attrs: dict = field(default_factory=dict)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The recordings that the fit knows."""
+        return self.model.names
+
+    @property
+    def device(self) -> torch.device:
+        return self.statistics.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.statistics.dtype
+
+    def save(self, path: str | Path) -> None:
+        """Write the fit into the folder ``path`` as safetensors and JSON; :func:`pyro_metassm.load` reads it."""
+        from pyro_metassm import saving  # saving builds fits, so it imports this module
+
+        saving.save(self, path)
+
+    def __repr__(self) -> str:
+        steps = self.history.sizes.get("step", 0)
+        return (
+            f"Fit({type(self.model).__name__} with {type(self.guide).__name__}, {len(self.names)} recordings, "
+            f"latent_dim={self.model.latent_dim}, embedding_dim={self.model.embedding_dim}, {steps} steps)"
+        )
+
+
+def trial_chunks(recs: Recordings, name: str, num_draws: int = 1, elements: int = ELEMENTS) -> list[list[int]]:
+    """Trials of a recording in chunks of at most ``elements`` observations times draws, at least one trial each."""
+    recording = recs[name]
+    per_trial = num_draws * recording.num_bins * recording.num_neurons
+    size = max(1, elements // per_trial)
+    return [list(range(first, min(first + size, recording.num_trials))) for first in range(0, recording.num_trials, size)]
+
+
+@torch.no_grad()
+def embedding_statistics(model, guide, recs: Recordings) -> Tensor:
+    """The guide's statistics of every recording's embedding from all its trials, ``(len(model.names), ...)``.
+
+    They are means over trials, so that chunks of trials are averaged exactly. Recordings of the model that ``recs``
+    does not hold get zeros for the mean and ones for the variance: the prior.
+    """
+    parameter = next(guide.parameters())
+    rows: dict[str, Tensor] = {}
+    for name in recs:
+        total, weight = 0.0, 0
+        for trials in trial_chunks(recs, name):
+            batch = recs.batch(
+                model.names, names=[name], trials={name: trials}, dtype=parameter.dtype, device=parameter.device
+            )
+            _, frame, share = guide.common_space(batch)
+            with_data = int((share > 0).any(-2).sum())
+            total = total + guide.embedding_statistics(frame, share, batch)[0] * with_data
+            weight += with_data
+        rows[name] = total / max(weight, 1)
+    size = 2 * model.embedding_dim
+    unknown = torch.cat([parameter.new_zeros(size // 2), parameter.new_ones(size // 2)]).detach()
+    return torch.stack([rows.get(name, unknown) for name in model.names])
