@@ -154,7 +154,7 @@ class MetaSSM(PyroModule):
                 z = pyro.sample("latents", self.path_prior(e, batch))
                 predictor = self.read_out(z, batch.recording, batch.width)
                 y = self.likelihood(predictor, batch.recording)
-                pyro.sample("observations", _observed(y, batch.mask), obs=batch.observations)
+                pyro.sample("observations", observed(y, batch.mask), obs=batch.observations)
         return predictor
 
     def path_prior(self, e: Tensor, batch: Batch) -> MarkovPath:
@@ -171,7 +171,7 @@ class MetaSSM(PyroModule):
         return pyro.plate("trial", batch.num_trials, dim=-1)
 
 
-def _observed(y: TorchDistribution, mask: Tensor) -> TorchDistribution:
+def observed(y: TorchDistribution, mask: Tensor) -> TorchDistribution:
     """``y`` over ``(time, neuron)`` as one event, in which what was not observed counts nothing."""
     if len(y.event_shape) == 0:
         return y.mask(mask).to_event(2)

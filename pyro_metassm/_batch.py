@@ -61,6 +61,16 @@ class Batch:
         """N, neurons of the largest recording in the batch."""
         return self.observations.shape[3]
 
+    def first_bins(self, stop: int) -> Batch:
+        """The batch cut before bin `stop`: nothing at or after it is left anywhere."""
+        return dataclasses.replace(
+            self,
+            observations=self.observations[:, :, :stop],
+            mask=self.mask[:, :, :stop],
+            time_mask=self.time_mask[:, :, :stop],
+            inputs=None if self.inputs is None else self.inputs[:, :, :stop],
+        )
+
     def to(self, device: torch.device | str) -> Batch:
         """The batch on another device."""
         fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
@@ -100,11 +110,7 @@ def collate(
     for recording in chosen:
         index = np.arange(recording.num_trials)
         if recording.name in trials:
-            index = index[np.asarray(trials[recording.name])]
-            if index.ndim != 1 or len(index) == 0:
-                raise checks.fail(
-                    recording.name, "trials for a batch", "none", "give at least one index, in a list"
-                )
+            index = checks.trials_of(recording.name, trials[recording.name], recording.num_trials)
         indices.append(index)
     num_trials = max(len(index) for index in indices)
     lengths = np.zeros((len(chosen), num_trials), dtype=np.int64)

@@ -157,7 +157,11 @@ def padded(name: str, what: str, value: Any, last: str) -> tuple[np.ndarray, np.
                 "put NaN where one was not recorded",
             )
     lengths = np.array([len(trial) for trial in trials])
-    array = np.full((len(trials), lengths.max(), trials[0].shape[1]), np.nan, dtype=np.result_type(*trials))
+    array = np.full(
+        (len(trials), lengths.max(), trials[0].shape[1]),
+        np.nan,
+        dtype=np.result_type(*{trial.dtype for trial in trials}),
+    )
     for row, trial in zip(array, trials, strict=True):
         row[: len(trial)] = trial
     return array, lengths
@@ -343,6 +347,20 @@ def lengths_of(name: str, value: Any, num_trials: int, num_bins: int) -> np.ndar
     if (array < 1).any() or (array > num_bins).any():
         raise fail(name, f"lengths from 1 to {num_bins}", f"{array.min()} to {array.max()}", "count bins")
     return array.astype(np.int64)
+
+
+def trials_of(name: str, value: Any, num_trials: int) -> np.ndarray:
+    """Trial indices, at least one, from integers or a bool mask; negative ones count from the end."""
+    array = as_numpy(value)
+    if array.ndim == 1 and array.dtype.kind in "biu":
+        try:
+            indices = np.arange(num_trials)[array]
+        except IndexError as error:
+            raise fail(name, f"indices of its {num_trials} trials", str(error), "correct them") from error
+        if len(indices) > 0:
+            return indices
+    got = "none" if array.size == 0 or array.dtype.kind == "b" else f"{array.dtype} of shape {array.shape}"
+    raise fail(name, "a list of trial indices, at least one", got, "pass integers, such as [0, 3]")
 
 
 def neuron_ids_of(name: str, value: Any, num_neurons: int) -> np.ndarray:

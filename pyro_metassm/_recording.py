@@ -220,18 +220,13 @@ class Recording:
             A new recording with as many bins (padding included) as this one.
 
         Raises:
-            ValueError: No trial chosen.
-            IndexError: A trial that is not there.
+            ValueError: No trial chosen, or one that is not there.
 
         Example:
             >>> Recording("a", np.ones((8, 50, 3)), bin_width=0.02).take([0, 5]).num_trials
             2
         """
-        indices = np.arange(self.num_trials)[np.asarray(trial_indices)]
-        if indices.ndim != 1 or len(indices) == 0:
-            raise checks.fail(
-                self.name, "trials to take", repr(trial_indices), "give at least one index, in a list"
-            )
+        indices = checks.trials_of(self.name, trial_indices, self.num_trials)
         attrs = dict(self.attrs)
         if "trials" in attrs:
             attrs["trials"] = {key: array[indices] for key, array in attrs["trials"].items()}

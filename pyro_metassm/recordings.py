@@ -250,8 +250,8 @@ class Recordings(Mapping[str, Recording]):
             The batch.
 
         Raises:
-            ValueError: A recording that `table` lacks, or trials of a recording that is not in the batch.
-            IndexError: A trial that is not there.
+            ValueError: A recording that `table` lacks, trials of a recording that is not in the batch, or a
+                trial that is not there.
 
         Example:
             >>> recs = Recordings([Recording(name, np.ones((8, 50, 3)), bin_width=0.02) for name in "ab"])

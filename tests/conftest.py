@@ -17,9 +17,14 @@ import numpy as np
 import pyro
 import pytest
 import torch
+from jaxtyping import install_import_hook
 from pyro.poutine import runtime
 
 ROOT = Path(__file__).resolve().parents[1]
+
+# Modules whose jaxtyping signatures are checked at every call of the tests: inner ones only, since those that meet
+# the user's data answer with a ValueError of their own. It must stand before the package is imported.
+install_import_hook(["pyro_metassm.neurons"], "beartype.beartype")
 
 torch.set_num_threads(1)
 # The same examples on every machine, and no deadline: the first call of anything in torch is slow.

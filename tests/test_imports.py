@@ -16,7 +16,10 @@ LAYERS: tuple[set[str], ...] = (
     },
     {"models"},
     {"guides"},
-    {"adaptation", "elbo", "fit_result", "fitting", "posterior", "training", "warm_start"},
+    {
+        "adaptation", "checkpoints", "elbo", "fit_result", "fitting", "posterior", "result", "training", "trees",
+        "warm_start",
+    },
     {"analysis", "metrics", "plots"},
     {"__main__", "cli", "experiments"},
 )  # fmt: skip

@@ -4,10 +4,13 @@ import os
 import shutil
 import subprocess
 import sys
+import tomllib
 import zipfile
 from pathlib import Path
 
 import pytest
+
+import pyro_metassm
 
 ROOT = Path(__file__).resolve().parents[1]
 LINKS = ("models", "guides")
@@ -83,6 +86,11 @@ def test_installed_wheel_imports_and_every_class_exists_once(wheel: Path, tmp_pa
         sys.executable, ROOT / ".ci" / "import_all.py", target, cwd=tmp_path, PYTHONPATH=str(target)
     )
     assert imported.returncode == 0, imported.stderr
+
+
+def test_version_is_said_once():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    assert pyro_metassm.__version__ == project["version"]
 
 
 @pytest.mark.parametrize("name", LINKS)

@@ -1,0 +1,18 @@
+"""Meta-dynamical state space models: one family of latent dynamics for many recordings."""
+
+from pyro_metassm import guides as guides
+from pyro_metassm import io as io
+from pyro_metassm import likelihoods as likelihoods
+from pyro_metassm import models as models
+from pyro_metassm import simulate as simulate
+from pyro_metassm.posterior import forecast as forecast
+from pyro_metassm.posterior import posterior as posterior
+from pyro_metassm.posterior import prior_predictive as prior_predictive
+from pyro_metassm.recordings import Batch as Batch
+from pyro_metassm.recordings import Recording as Recording
+from pyro_metassm.recordings import Recordings as Recordings
+from pyro_metassm.result import Fit as Fit
+from pyro_metassm.training import NonFiniteLossError as NonFiniteLossError
+from pyro_metassm.training import fit as fit
+
+__version__ = "0.1.0"

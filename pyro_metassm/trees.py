@@ -1,0 +1,126 @@
+"""Draws to `xarray.DataTree`s with named dimensions, as ArviZ reads them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+import xarray as xr
+
+from pyro_metassm.recordings import Recording
+
+DIMS = {
+    "latents": ("trial", "time", "latent_dim"),
+    "rates": ("trial", "time", "neuron"),
+    "observations": ("trial", "time", "neuron"),
+}
+
+
+def tree(
+    embeddings: Mapping[str, np.ndarray],
+    children: Mapping[str, Mapping[str, xr.Dataset]],
+    history: xr.Dataset | None,
+    attrs: Mapping,
+    group: str = "posterior",
+) -> xr.DataTree:
+    """The tree of all recordings.
+
+    Args:
+        embeddings: by recording, ``(draw, embedding_dim)``.
+        children: by recording, its groups.
+        history: of the fit, for ``sample_stats``.
+        attrs: of the tree.
+        group: of the embeddings.
+    """
+    values = np.stack(list(embeddings.values()), 1)[None]
+    dims = ("chain", "draw", "recording", "embedding_dim")
+    coords = {"chain": [0], "draw": np.arange(values.shape[1]), "recording": list(embeddings)}
+    coords["embedding_dim"] = np.arange(values.shape[-1])
+    groups = {group: xr.Dataset({"embedding": (dims, values)}, coords)}
+    if history is not None:
+        groups["sample_stats"] = history
+    for name, parts in children.items():
+        groups |= {f"{name}/{part}": dataset for part, dataset in parts.items()}
+    result = xr.DataTree.from_dict(groups)
+    result.attrs.update(attrs)
+    return result
+
+
+def recording_groups(
+    recording: Recording,
+    groups: Mapping[str, Mapping[str, np.ndarray]],
+    truth: xr.Dataset | None = None,
+    trials: list[int] | None = None,
+    window: slice | None = None,
+) -> dict[str, xr.Dataset]:
+    """The groups of one recording: draws, and the data beside them.
+
+    Args:
+        recording: the data.
+        groups: by group, variable to draws ``(draw, trial, ...)``; ``log_likelihood`` is ``(draw, trial)``.
+        truth: of a simulation.
+        trials: the recording's trials that the draws are of; None for all.
+        window: the bins that the draws are of; it may reach beyond the data.
+    """
+    rows = np.arange(recording.num_trials) if trials is None else np.asarray(trials)
+    window = slice(0, recording.num_bins) if window is None else window
+    bins = np.arange(window.start, window.stop)
+    coords = {"trial": rows, "time": bins * recording.bin_width, "neuron": neuron_ids(recording)}
+    result = {}
+    for group, variables in groups.items():
+        data = {}
+        for name, values in variables.items():
+            dims = ("trial",) if group == "log_likelihood" else DIMS[name]
+            data[name] = (("chain", "draw", *dims), values[None])
+        used = {d for dims, _ in data.values() for d in dims}
+        group_coords = {k: v for k, v in coords.items() if k in used}
+        draws = next(iter(variables.values())).shape[0]
+        group_coords |= {"chain": [0], "draw": np.arange(draws)}
+        if "latents" in variables:
+            group_coords["latent_dim"] = np.arange(variables["latents"].shape[-1])
+        result[group] = xr.Dataset(data, group_coords)
+    seen = {"observations": (DIMS["observations"], _window(recording.observations, rows, bins).astype(np.float32))}
+    result["observed_data"] = xr.Dataset(seen, coords)
+    result["constant_data"] = _constant_data(recording, rows, bins, coords, truth)
+    return result
+
+
+def neuron_ids(recording: Recording) -> np.ndarray:
+    """Ids of the neurons: those given, else their positions."""
+    return np.arange(recording.num_neurons) if recording.neuron_ids is None else recording.neuron_ids
+
+
+def _window(values: np.ndarray, rows: np.ndarray, bins: np.ndarray) -> np.ndarray:
+    """``values[rows][:, bins]`` of ``(trial, time, ...)``, NaN (or False) for bins behind the end."""
+    inside = bins < values.shape[1]
+    result = np.zeros((len(rows), len(bins), *values.shape[2:]), values.dtype)
+    if values.dtype.kind == "f":
+        result[:] = np.nan
+    result[:, inside] = values[rows][:, bins[inside]]
+    return result
+
+
+def _constant_data(recording, rows, bins, coords, truth) -> xr.Dataset:
+    data = {"mask": (DIMS["observations"], _window(recording.mask, rows, bins))}
+    data["length"] = (("trial",), recording.lengths[rows])
+    data["held_out"] = (("neuron",), recording.held_out_neurons)
+    extra = {}
+    if recording.condition is not None:
+        data["condition"] = (("trial",), np.asarray(recording.condition)[rows])
+    if recording.behavior is not None:
+        data["behavior"] = (("trial", "time", "behavior_dim"), _window(recording.behavior, rows, bins))
+        names = recording.attrs.get("behavior_names")
+        extra["behavior_dim"] = np.arange(recording.behavior.shape[-1]) if names is None else list(map(str, names))
+    if recording.inputs is not None:
+        data["inputs"] = (("trial", "time", "input_dim"), _window(recording.inputs, rows, bins))
+    if truth is not None:
+        for name, variable in truth.data_vars.items():
+            if variable.dims[:2] == ("trial", "time"):
+                values = _window(variable.values, rows, bins)
+                dims = tuple("truth_dim" if d == "latent_dim" else d for d in variable.dims)
+            elif set(variable.dims) & {"trial", "time"}:
+                continue
+            else:
+                values, dims = variable.values, tuple("truth_dim" if d == "latent_dim" else d for d in variable.dims)
+            data[f"true_{name}"] = (dims, values)
+    return xr.Dataset(data, coords | extra)
