@@ -86,6 +86,7 @@ class AmortizedGuide(nn.Module, ABC):
 
     def common_space(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
         """``ybar (R, K, T, read_in_dim)``, the frame ``(R, K, T, latent_dim)`` and the share of neurons seen."""
+        self.read_in.neurons.check(batch.names, batch.num_neurons)
         seen = batch.mask & batch.held_in[:, None, None, :]
         ybar, share = self.read_in(batch.observations, seen, batch.recording, batch.held_in)
         return ybar, smooth(ybar[..., : self.model.latent_dim], share, float(self.smoothing)), share

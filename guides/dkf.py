@@ -7,7 +7,8 @@ from torch import Tensor, nn
 
 from pyro_metassm.distributions import MarkovPath, RolloutPath
 from pyro_metassm.guides.base import AmortizedGuide
-from pyro_metassm.guides.encoders import BidirectionalGRU, EmbeddingEncoder, SetEncoder
+from pyro_metassm.guides.encoders import EmbeddingEncoder, SetEncoder
+from pyro_metassm.guides.gru import BidirectionalGRU
 from pyro_metassm.models.meta_ssm import MetaSSM
 from pyro_metassm.recordings import Batch
 
@@ -62,13 +63,11 @@ class DKF(AmortizedGuide):
         if common_dim is not None:
             self.common = nn.Sequential(nn.Linear(read_in_dim + 1, common_dim), nn.LayerNorm(common_dim), nn.SiLU())
         in_dim = (read_in_dim + 1 if common_dim is None else common_dim) + model.latent_dim + model.embedding_dim
-        self.rnn = BidirectionalGRU(in_dim, hidden_dim)
-        self.correction = nn.Linear(2 * hidden_dim, 2 * model.latent_dim)
+        self.rnn = BidirectionalGRU(in_dim, hidden_dim, 2 * model.latent_dim)
         self.rollout_probability = rollout_probability
         with torch.no_grad():  # start as the frame with a tenth of a latent's scale
-            self.correction.weight.mul_(0.1)
-            self.correction.bias.zero_()
-            self.correction.bias[model.latent_dim :] = -2.3
+            self.rnn.weight_out.mul_(0.1)
+            self.rnn.bias_out[model.latent_dim :] = -2.3
 
     def latents_posterior(self, ybar: Tensor, frame: Tensor, e: Tensor, prior: MarkovPath, batch: Batch) -> RolloutPath:
         common = ybar if self.common is None else self.common(ybar)
@@ -77,8 +76,7 @@ class DKF(AmortizedGuide):
             common.expand(*shape, -1), frame.expand(*shape, -1), e.unsqueeze(-2).expand(*shape, -1)
         ], -1)
         lengths = batch.time_mask.sum(-1).expand(shape[:-1]).flatten()
-        hidden = self.rnn(inputs.flatten(0, -3), lengths).unflatten(0, shape[:-1])
-        change, log_scale = self.correction(hidden).chunk(2, -1)
+        change, log_scale = self.rnn(inputs.flatten(0, -3), lengths).unflatten(0, shape[:-1]).chunk(2, -1)
         rollout = None
         if self.training and self.rollout_probability > 0:
             rollout = torch.rand(shape, device=frame.device) < self.rollout_probability

@@ -70,12 +70,12 @@ class SetEncoder(EmbeddingEncoder):
         self.register_buffer("step_scale", torch.full((latent_dim,), 0.1))
 
     def summary(self, frame: Tensor, seen: Tensor) -> Tensor:
-        if frame.shape[-2] == 1:  # a single bin has no step
-            frame, seen = frame.expand(*frame.shape[:-2], 2, -1), seen.expand(*seen.shape[:-2], 2, -1)
-        here, after = frame[..., :-1, :], frame[..., 1:, :]
-        both = (seen[..., :-1, :] & seen[..., 1:, :]).to(frame.dtype)
-        hidden = self.net(torch.cat([here, (after - here) / self.step_scale], -1))
-        return (hidden * both).sum(-2) / both.sum(-2).clamp(min=1)
+        both = functional.pad(seen[..., :-1, :] & seen[..., 1:, :], (0, 0, 0, 1))
+        step = functional.pad(frame[..., 1:, :] - frame[..., :-1, :], (0, 0, 0, 1)) / self.step_scale
+        # A trial without two bins in a row has states and no steps: its bins count as being at rest.
+        use = torch.where(both.any(-2, keepdim=True), both, seen).to(frame.dtype)
+        hidden = self.net(torch.cat([frame, step * both], -1))
+        return (hidden * use).sum(-2) / use.sum(-2).clamp(min=1)
 
 
 class RecurrentEncoder(EmbeddingEncoder):
@@ -91,23 +91,3 @@ class RecurrentEncoder(EmbeddingEncoder):
         position = torch.arange(1, rows.shape[-2] + 1, device=rows.device)
         last = (position * seen.flatten(0, 1).squeeze(-1)).amax(-1).clamp(min=1) - 1
         return states[torch.arange(len(rows), device=rows.device), last].unflatten(0, frame.shape[:2])
-
-
-class BidirectionalGRU(nn.Module):
-    """Forward and backward states of a trial; the backward network starts at the trial's own end, not in its padding.
-
-    Shape: ``(B, T, in)`` and lengths ``(B,)`` to ``(B, T, 2 hidden_dim)``.
-    """
-
-    def __init__(self, in_dim: int, hidden_dim: int):
-        super().__init__()
-        self.ahead = nn.GRU(in_dim, hidden_dim, batch_first=True)
-        self.back = nn.GRU(in_dim, hidden_dim, batch_first=True)
-
-    def forward(self, x: Tensor, lengths: Tensor) -> Tensor:
-        position = torch.arange(x.shape[-2], device=x.device)
-        mirror = torch.where(position < lengths[:, None], lengths[:, None] - 1 - position, position)
-        index = mirror.unsqueeze(-1)
-        ahead, _ = self.ahead(x)
-        back, _ = self.back(torch.take_along_dim(x, index, 1))
-        return torch.cat([ahead, torch.take_along_dim(back, index, 1)], -1)

@@ -164,6 +164,7 @@ class MetaSSM(PyroModule):
 
     def recording_plate(self, batch: Batch) -> pyro.plate:
         """Scales a sub-sample of recordings up to all of them."""
+        self.neurons.check(batch.names, batch.num_neurons)
         return pyro.plate("recording", batch.num_recordings, subsample=torch.arange(len(batch.names)), dim=-2)
 
     def trial_plate(self, batch: Batch) -> pyro.plate:

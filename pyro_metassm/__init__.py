@@ -3,6 +3,7 @@
 from pyro_metassm import guides as guides
 from pyro_metassm import io as io
 from pyro_metassm import likelihoods as likelihoods
+from pyro_metassm import metrics as metrics
 from pyro_metassm import models as models
 from pyro_metassm import simulate as simulate
 from pyro_metassm.posterior import forecast as forecast
@@ -12,7 +13,17 @@ from pyro_metassm.recordings import Batch as Batch
 from pyro_metassm.recordings import Recording as Recording
 from pyro_metassm.recordings import Recordings as Recordings
 from pyro_metassm.result import Fit as Fit
+from pyro_metassm.saving import load as load
 from pyro_metassm.training import NonFiniteLossError as NonFiniteLossError
 from pyro_metassm.training import fit as fit
+from pyro_metassm.trees import to_arviz as to_arviz
 
 __version__ = "0.1.0"
+
+
+def __getattr__(name: str):
+    if name == "plots":  # on first use: matplotlib is slow to import, and not everybody plots
+        import importlib
+
+        return importlib.import_module("pyro_metassm.plots")
+    raise AttributeError(f"module 'pyro_metassm' has no attribute {name!r}")

@@ -92,13 +92,11 @@ class MarkovPath(TorchDistribution):
 
     def log_factors(self, value: Tensor) -> Tensor:
         """Log density of every bin given the bin before, ``(..., num_steps)``; 0 after a trial's end."""
-        first = self.initial.log_prob(value[..., 0, :]).unsqueeze(-1)
+        first = self.initial.log_prob(value[..., 0, :])
         if self.num_steps == 1:
-            factors = first
-        else:
-            rest = self.transition(value[..., :-1, :]).log_prob(value[..., 1:, :])
-            factors = torch.cat([first.expand(*rest.shape[:-1], 1), rest], -1)
-        return self.masked(factors)
+            return self.masked(first.unsqueeze(-1))
+        rest = self.transition(value[..., :-1, :]).log_prob(value[..., 1:, :])
+        return self.masked(_along_time(first, rest))
 
     def masked(self, factors: Tensor) -> Tensor:
         return factors if self.mask_of_bins is None else factors.masked_fill(~self.mask_of_bins, 0.0)
@@ -144,7 +142,7 @@ class RolloutPath(TorchDistribution):
         for level in range(1, int(depth.max()) + 1):
             bins = _padded_positions(depth == level).expand(*z.shape[:-2], -1)  # (..., W); padding = num_steps
             index = bins.unsqueeze(-1).expand(*bins.shape, z.shape[-1])
-            before = torch.take_along_dim(z, (index - 1), -2)
+            before = z.gather(-2, index - 1)
             after = self.prior.transition(before).rsample()
             # Padding is written to a slot behind the path, which is cut off again.
             z = torch.cat([z, z[..., -1:, :]], -2).scatter(-2, index, after)[..., :-1, :]
@@ -161,17 +159,23 @@ class RolloutPath(TorchDistribution):
 
         Bin by bin analytic where the prior's factor is Normal, the sampled log ratio where it is not.
         """
-        kl = _kl_or_sampled(self._encoder(0), prior.initial, value[..., 0, :]).unsqueeze(-1)
+        first = _kl_or_sampled(self._encoder(0), prior.initial, value[..., 0, :])
+        kl = first.unsqueeze(-1)
         if prior.num_steps > 1:
             successor = prior.transition(value[..., :-1, :])
-            rest = _kl_or_sampled(self._encoder(slice(1, None)), successor, value[..., 1:, :])
-            kl = torch.cat([kl.expand(*rest.shape[:-1], 1), rest], -1)
+            kl = _along_time(first, _kl_or_sampled(self._encoder(slice(1, None)), successor, value[..., 1:, :]))
         if self.rollout is not None:
             kl = kl.masked_fill(self.rollout, 0.0)
         return prior.masked(kl).sum(-1)
 
     def _encoder(self, bins: int | slice) -> TorchDistribution:
         return dist.Normal(self.loc[..., bins, :], self.scale[..., bins, :]).to_event(1)
+
+
+def _along_time(first: Tensor, rest: Tensor) -> Tensor:
+    """Terms of the first bin ``(...)`` and of the others ``(..., num_steps - 1)`` as ``(..., num_steps)``."""
+    batch = torch.broadcast_shapes(first.shape, rest.shape[:-1])
+    return torch.cat([first.expand(batch).unsqueeze(-1), rest.expand(*batch, -1)], -1)
 
 
 def _run_depth(rollout: Tensor) -> Tensor:

@@ -43,7 +43,7 @@ class SequentialELBO(ELBO):
     sub-samples: trial terms count for all trials, the KL of the embedding once a recording.
 
     Raises:
-        ValueError: a latent site of the model that the guide lacks, or the reverse.
+        ValueError: a latent site of the model that the guide lacks, or the reverse, or in other plates than there.
     """
 
     def terms(self, model, guide, *args, **kwargs) -> Terms:
@@ -84,7 +84,7 @@ class SequentialELBO(ELBO):
         """Minus the ELBO, with gradients accumulated into the modules' parameters."""
         loss = self.differentiable_loss(model, guide, *args, **kwargs)
         loss.backward()
-        return float(loss)
+        return float(loss.detach())
 
     def _get_trace(self, model, guide, args, kwargs):
         raise NotImplementedError("SequentialELBO makes its traces in `terms`")
@@ -110,3 +110,10 @@ def check_sites(model_trace: poutine.Trace, guide_trace: poutine.Trace) -> None:
         )
     if unknown:
         raise ValueError(f"the guide samples {sorted(unknown)}, which the model does not have; remove them from the guide")
+    for name in sorted(latent(model_trace)):
+        p, q = (tuple(trace.nodes[name]["fn"].batch_shape) for trace in (model_trace, guide_trace))
+        if p != q:  # its KL would be counted as often as the larger of the two
+            raise ValueError(
+                f"latent site {name!r}: needed one batch shape in model and guide, got {p} and {q}; sample it inside the "
+                "same plates in both (the model calls embedding_prior inside the recording plate, the guide embedding_posterior)"
+            )

@@ -60,8 +60,10 @@ class Gaussian(Likelihood):
     def start(self, recordings: Recordings) -> None:
         """Half of each neuron's standard deviation: the dynamics are to explain the rest."""
         for name, recording in recordings.items():
-            sd = np.std(recording.values, axis=(0, 1), where=recording.mask)
-            self.log_sd[self.neurons.slice(name)] = torch.as_tensor(np.log(0.5 * np.maximum(sd, 1e-3))).to(self.log_sd)
+            never = ~recording.mask.any((0, 1))  # neurons without an observation keep their sd
+            sd = np.std(recording.values, axis=(0, 1), where=recording.mask | never)
+            start = np.log(0.5 * np.where(never, 2.0, np.maximum(sd, 1e-3)))
+            self.log_sd[self.neurons.slice(name)] = torch.as_tensor(start).to(self.log_sd)
 
 
 class _Counts(Likelihood):

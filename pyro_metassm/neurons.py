@@ -57,6 +57,21 @@ class NeuronTable(nn.Module):
         """The table of these recordings' neurons."""
         return cls(list(recordings), [recording.num_neurons for recording in recordings.values()])
 
+    def check(self, names: Sequence[str], num_neurons: Sequence[int]) -> None:
+        """Raise ``ValueError`` for a recording that the table lacks, or whose number of neurons is another one there."""
+        for name, count in zip(names, num_neurons, strict=True):
+            if name not in self.names:
+                raise ValueError(
+                    f"recording {name!r}: needed a recording that the model or fit knows, got another one; use pm.adapt "
+                    "to add recordings to a fit, or make the model with it"
+                )
+            known = self.num_neurons[self.names.index(name)]
+            if count != known:
+                raise ValueError(
+                    f"recording {name!r}: needed its {known} neurons, as the model knows it, got {count}; names identify "
+                    "recordings: rename another session, then use pm.adapt or make the model with it"
+                )
+
     @property
     def total(self) -> int:
         """Neurons in all recordings together."""
@@ -145,6 +160,7 @@ class ReadIn(nn.Module):
 
     def start(self, recordings: Recordings) -> None:
         """Set the transform, the means and the scale of every recording from the data, once."""
+        self.neurons.check(recordings.names, [recording.num_neurons for recording in recordings.values()])
         if self.started:
             return
         for name, recording in recordings.items():
@@ -153,8 +169,10 @@ class ReadIn(nn.Module):
             counts = bool((values >= 0).all() and (values == np.round(values)).all())
             features = np.sqrt(values) if counts else values
             self.counts[row] = counts
-            self.center[rows] = torch.as_tensor(features.mean((0, 1), where=mask)).to(self.center)
-            self.scale[row] = max(float(np.sqrt(features.var((0, 1), where=mask).mean())), 1e-6)
+            ever = mask.any((0, 1))  # a neuron without an observation has no mean, and needs none
+            self.center[rows] = torch.as_tensor(features.mean((0, 1), where=mask | ~ever)).to(self.center)
+            variance = features.var((0, 1), where=mask | ~ever)[ever].mean()
+            self.scale[row] = max(float(np.sqrt(variance)), 1e-6)
         self.started.fill_(True)
 
     def features(self, observations: Tensor, seen: Tensor, recording: Tensor) -> Tensor:
@@ -166,6 +184,6 @@ class ReadIn(nn.Module):
 
     def forward(self, observations: Tensor, seen: Tensor, recording: Tensor, held_in: Tensor) -> tuple[Tensor, Tensor]:
         weight = self.neurons.gather(self.weight, recording, observations.shape[-1])
-        share = seen.sum(-1, keepdim=True) / held_in.sum(-1).clamp(min=1)[:, None, None, None]
+        share = seen.sum(-1, keepdim=True) / held_in.sum(-1).clamp(min=1)[:, None, None, None].to(weight.dtype)
         ybar = linear_by_recording(self.features(observations, seen, recording), weight) / share.clamp(min=1e-6)
         return (ybar + self.bias[recording][:, None, None, :]) * (share > 0), share

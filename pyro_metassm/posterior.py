@@ -175,17 +175,18 @@ def prior_predictive(model: MetaSSM, recs: Recordings, *, num_samples: int = 100
 
     Returns:
         a tree with ``prior`` (``embedding``) and, for every recording, ``prior`` (``latents``, ``rates``) and
-        ``prior_predictive`` (``observations``).
+        ``prior_predictive`` (``observations``); bins that a trial lacks are NaN.
     """
     _at_least_one(num_samples=num_samples)
     embeddings, children = {}, {}
     parameter = next(model.parameters())
     for name, recording in recs.items():
         shape = (num_samples, recording.num_trials, recording.num_bins)
-        latents = np.empty((*shape, model.latent_dim), np.float32)
-        rates, drawn = (np.empty((*shape, recording.num_neurons), np.float32) for _ in range(2))
+        latents = np.full((*shape, model.latent_dim), np.nan, np.float32)
+        rates, drawn = (np.full((*shape, recording.num_neurons), np.nan, np.float32) for _ in range(2))
         embedding = np.empty((num_samples, model.embedding_dim), np.float32)
         batch = recs.batch(model.names, names=[name], dtype=parameter.dtype, device=parameter.device)
+        bins = batch.time_mask[0].cpu().numpy()[..., None]  # the longest trial may be shorter than the recording's arrays
         size = max(1, ELEMENTS // (batch.observations.numel() + NETWORK_WIDTH * batch.time_mask.numel()))
         with _seeded(seed, name, parameter.device), torch.no_grad():
             for first in range(0, num_samples, size):
@@ -194,8 +195,9 @@ def prior_predictive(model: MetaSSM, recs: Recordings, *, num_samples: int = 100
                     sites = poutine.trace(poutine.uncondition(model)).get_trace(batch).nodes
                 y = observation(model, sites["latents"]["value"], batch)
                 embedding[draws] = to_numpy(sites["embedding"]["value"][:, 0, 0])
-                latents[draws] = to_numpy(sites["latents"]["value"][:, 0])
-                rates[draws], drawn[draws] = to_numpy(y.mean[:, 0]), to_numpy(sites["observations"]["value"][:, 0])
+                values = (sites["latents"]["value"], y.mean, sites["observations"]["value"])
+                for target, value in zip((latents, rates, drawn), values, strict=True):
+                    target[draws, :, : bins.shape[1]] = np.where(bins, to_numpy(value[:, 0]), np.nan)
         embeddings[name] = embedding
         groups = {"prior": {"latents": latents, "rates": rates}, "prior_predictive": {"observations": drawn}}
         children[name] = trees.recording_groups(recording, groups, recs.truth.get(name))

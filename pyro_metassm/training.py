@@ -261,7 +261,8 @@ class Trainer:
         statistics = embedding_statistics(self.model, self.guide, self.recs)
         size = max((len(column) for column in self.history.values()), default=0)
         columns = {n: ("step", np.array(c + [math.nan] * (size - len(c)))) for n, c in self.history.items()}
-        history = xr.Dataset(columns, coords={"step": np.arange(1, size + 1)}, attrs={f"{k}_seconds": v for k, v in self.seconds.items()})
+        attrs = {f"{k}_seconds": v for k, v in self.seconds.items()} | {"num_observed": self.scale}
+        history = xr.Dataset(columns, coords={"step": np.arange(1, size + 1)}, attrs=attrs)
         return Fit(self.model, self.guide, history, statistics, seed=self.seed)
 
 

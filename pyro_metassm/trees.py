@@ -124,3 +124,26 @@ def _constant_data(recording, rows, bins, coords, truth) -> xr.Dataset:
                 values, dims = variable.values, tuple("truth_dim" if d == "latent_dim" else d for d in variable.dims)
             data[f"true_{name}"] = (dims, values)
     return xr.Dataset(data, coords | extra)
+
+
+def to_arviz(tree: xr.DataTree, recording: str | None = None):
+    """What the installed ArviZ reads: `InferenceData` for 0.x, the tree itself for 1.x.
+
+    Args:
+        tree: from :func:`pyro_metassm.posterior`, :func:`pyro_metassm.forecast` or :func:`pyro_metassm.prior_predictive`.
+        recording: take this recording's groups; None takes the groups shared by all (the embeddings).
+
+    Raises:
+        ImportError: without ArviZ.
+        KeyError: for a recording that the tree does not hold.
+    """
+    import arviz  # here, not above: nothing else of the library needs it
+
+    if recording is not None:
+        groups = {name: node.to_dataset() for name, node in tree[recording].children.items()}
+    else:
+        groups = {name: node.to_dataset() for name, node in tree.children.items() if not node.children}
+    if hasattr(arviz, "InferenceData"):
+        groups.pop("sample_stats", None)  # the fit's history has no chain and draw, which 0.x insists on
+        return arviz.InferenceData(**groups)
+    return xr.DataTree.from_dict(groups)

@@ -19,7 +19,7 @@ from pyro_metassm.guides.encoders import smooth
 from pyro_metassm.recordings import Batch, Recordings
 
 RIDGE = 0.02  # of the largest variance: keeps directions that hold only noise from being blown up by whitening
-READ_OUT_ELEMENTS = 2_000_000  # observations a step of the read-outs' regression
+READ_OUT_ELEMENTS = 500_000  # observations a step of the read-outs' regression
 KERNELS = (0.7, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0)  # sd in bins
 
 

@@ -17,8 +17,8 @@ LAYERS: tuple[set[str], ...] = (
     {"models"},
     {"guides"},
     {
-        "adaptation", "checkpoints", "elbo", "fit_result", "fitting", "posterior", "result", "training", "trees",
-        "warm_start",
+        "adaptation", "checkpoints", "elbo", "fit_result", "fitting", "posterior", "result", "saving",
+        "training", "trees", "warm_start",
     },
     {"analysis", "metrics", "plots"},
     {"__main__", "cli", "experiments"},

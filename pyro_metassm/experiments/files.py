@@ -1,0 +1,130 @@
+"""Fitting files: recordings in, held-out scores, posterior, forecasts and pictures out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from pyro_metassm import io, likelihoods, metrics
+from pyro_metassm.experiments import report
+from pyro_metassm.guides import DKF
+from pyro_metassm.models import MetaSSM
+from pyro_metassm.posterior import forecast, posterior
+from pyro_metassm.recordings import Recordings
+from pyro_metassm.training import fit
+
+MODES = {"gaussian": likelihoods.Gaussian, "poisson": likelihoods.Poisson, "negative-binomial": likelihoods.NegativeBinomial}
+
+
+def run(
+    files: Sequence[str | Path],
+    out: str | Path,
+    *,
+    latent_dim: int = 8,
+    embedding_dim: int = 2,
+    rank: int = 2,
+    likelihood: str | None = None,
+    num_steps: int = 1000,
+    trials_per_step: int = 32,
+    learning_rate: float = 1e-2,
+    test_fraction: float = 0.25,
+    context: int | None = None,
+    num_samples: int = 25,
+    save_trials: int = 16,
+    seed: int = 0,
+    device: str = "auto",
+    progress: bool = True,
+) -> dict:
+    """Fit recordings from files together and write what was found.
+
+    Args:
+        files: ``.npz`` or xarray netCDF files, one recording each (see :mod:`pyro_metassm.io`).
+        out: folder to write into.
+        latent_dim, embedding_dim, rank: sizes of the model.
+        likelihood: "gaussian", "poisson" or "negative-binomial"; None: Poisson for counts, else Gaussian.
+        num_steps, trials_per_step, learning_rate: of SVI.
+        test_fraction: share of each recording's trials held out; all scores are theirs.
+        context: bins given to forecasts; None: half of the shortest held-out trial.
+        num_samples: posterior draws written.
+        save_trials: held-out trials of each recording whose draws are written (scores use all of them).
+        seed: of the split, the fit and the draws.
+        device: "cpu", "cuda" or "auto".
+        progress: show progress bars.
+
+    Returns:
+        what ``metrics.json`` holds.
+
+    Raises:
+        ValueError: files that cannot be read, or data that the likelihood cannot have produced.
+    """
+    out = report.folder(out)
+    seconds: dict[str, float] = {}
+    with report.timed(seconds, "read"):
+        recs = Recordings([io.read(path) for path in files])
+        recs.summary()  # warns of what will hurt
+        train, test = recs.split(test_fraction=test_fraction, seed=seed)
+    family = MODES[likelihood] if likelihood else _family(recs)
+    with report.timed(seconds, "fit"):
+        model = MetaSSM(recs, latent_dim=latent_dim, embedding_dim=embedding_dim, rank=rank, likelihood=family)
+        result = fit(
+            model, DKF(model), train, num_steps=num_steps, trials_per_step=trials_per_step, learning_rate=learning_rate,
+            seed=seed, device=device, progress=progress,
+        )
+        result.save(out / "fit")
+    shortest = min(int(r.lengths.min()) for r in test.values())
+    context = max(1, shortest // 2) if context is None else context
+    horizon = max(1, max(r.num_bins for r in test.values()) - context)
+    shown = Recordings([r.take(np.arange(min(save_trials, r.num_trials))) for r in test.values()])
+    with report.timed(seconds, "posterior"):
+        tree = posterior(result, shown, num_samples=num_samples, seed=seed)
+        report.write_tree(tree, out / "posterior.nc")
+    with report.timed(seconds, "forecast"):
+        ahead = forecast(result, shown, context=context, horizon=horizon, num_samples=num_samples, seed=seed)
+        report.write_tree(ahead, out / "forecast.nc")
+    with report.timed(seconds, "scores"):
+        numbers = _scores(result, train, test, family, context, horizon, num_samples, seed)
+    numbers |= {"elbo": float(result.history["elbo"][-20:].mean()), "seed": seed, "context": context, "horizon": horizon}
+    numbers["trials_written"] = {name: r.num_trials for name, r in shown.items()}
+    with report.timed(seconds, "pictures"):
+        _pictures(result, tree, ahead, test.names, context, out)
+    return report.write_metrics(numbers | {"likelihood": family.__name__, "seconds": seconds}, out)
+
+
+def _family(recs: Recordings) -> type[likelihoods.Likelihood]:
+    counts = all((r.values >= 0).all() and (r.values == np.round(r.values)).all() for r in recs.values())
+    return likelihoods.Poisson if counts else likelihoods.Gaussian
+
+
+def _scores(result, train, test, family, context, horizon, num_samples, seed) -> dict:
+    numbers = {"reconstruction_r2": report.by_recording(metrics.reconstruction_r2(result, test, num_samples=num_samples, seed=seed))}
+    curve = metrics.forecast_r2(result, test, context=context, horizon=horizon, num_samples=num_samples, seed=seed)
+    steps = [k for k in (1, 2, 5, 10, 20, 30, 50) if k <= horizon]
+    numbers["forecast_r2"] = {str(k): report.by_recording(curve.sel(horizon_step=k)) for k in steps}
+    if family is not likelihoods.Gaussian:
+        bps = metrics.rate_bps(result, test, null=train, num_samples=num_samples, seed=seed)
+        numbers["bits_per_spike"] = report.by_recording(bps)
+        ahead = metrics.fp_bps(result, test, context=context, num_samples=num_samples, seed=seed)
+        numbers["forecast_bits_per_spike"] = report.by_recording(ahead)
+    moving = [n for n, r in test.items() if r.behavior is not None and np.isfinite(r.behavior[..., :2]).any((0, 1)).all()]
+    if moving:  # the first two dims of the behaviour are the velocity, by the format of the files
+        velocity = metrics.decoding_r2(
+            result, train.select(moving), test.select(moving), dims=(0, 1), num_samples=num_samples, seed=seed
+        )
+        numbers["velocity_r2"] = report.by_recording(velocity)
+    return numbers
+
+
+def _pictures(result, tree, ahead, names, context: int, out: Path) -> None:
+    import matplotlib.pyplot as plt
+
+    from pyro_metassm import plots
+
+    figure, ax = plt.subplots(figsize=(5, 4), layout="constrained")
+    plots.embedding(tree, ax=ax)
+    report.save_figure(figure, out / "embedding.png")
+    report.save_figure(plots.trace_panels(ahead, tree, names, context=context), out / "traces.png")
+    figure, ax = plt.subplots(figsize=(5, 4), layout="constrained")
+    plots.history(result, ax=ax)
+    report.save_figure(figure, out / "history.png")

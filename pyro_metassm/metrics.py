@@ -1,0 +1,336 @@
+"""Scores of a fit on data: explained variance, bits per spike, and the Neural Latents Benchmark's decoding
+scores.
+
+Those on arrays (:func:`r2`, :func:`bits_per_spike`, :func:`velocity_r2`, :func:`psth_r2`) know nothing of a
+fit; the others take a fit and recordings, score posterior means recording by recording and return a DataArray
+over `recording`. NaN in the data is ignored everywhere; a score that is not defined (nothing to explain, no
+spikes) is NaN.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import numpy as np
+import xarray as xr
+
+from pyro_metassm._scores import bits_per_spike, explained, psth_r2, r2, velocity_r2
+from pyro_metassm.posterior import Chunk, forecast_chunks, forecast_trials, observation, posterior_chunks
+from pyro_metassm.recordings import Recording, Recordings
+from pyro_metassm.result import Fit
+
+__all__ = [
+    "bits_per_spike",
+    "co_bps",
+    "decoding_r2",
+    "forecast_r2",
+    "fp_bps",
+    "mean_rates",
+    "psth_r2",
+    "r2",
+    "rate_bps",
+    "reconstruction_r2",
+    "velocity_r2",
+]
+
+
+def forecast_r2(
+    fit: Fit, recs: Recordings, *, context: int, horizon: int, num_samples: int = 100, seed: int = 0
+) -> xr.DataArray:
+    r"""Share of the variance that the posterior mean forecast explains, for every step ahead.
+
+    At each step ``1 - SSE / SST`` over trials and neurons, ``SST`` around each neuron's mean over the trials
+    at that
+    step: 0 is a forecast that knows the average trial.
+
+    Args:
+        fit: a fit that knows the recordings.
+        recs: trials to forecast; those that end before ``context`` are left out, with a warning.
+        context: bins given.
+        horizon: bins forecast.
+        num_samples: draws behind the posterior mean; they are not kept.
+        seed: of the draws, as in :func:`pyro_metassm.forecast`.
+
+    Returns:
+        ``(recording, horizon_step)`` with steps 1 to ``horizon`` and the coordinate ``lead_time`` (s); NaN
+        where all trials, or all but one, have ended.
+
+    Raises:
+        ValueError: an unknown recording, ``context`` or ``horizon`` below 1, no trial as long as ``context``.
+
+    Example:
+        >>> import pyro_metassm as pm
+        >>> recs = pm.simulate.limit_cycles([2.5, 5.0], num_trials=8, num_steps=20)
+        >>> model = pm.models.MetaSSM(recs, latent_dim=2, embedding_dim=1)
+        >>> fit = pm.fit(model, pm.guides.DKF(model), recs, num_steps=5, warm_start_steps=5, progress=False)
+        >>> dict(pm.metrics.forecast_r2(fit, recs, context=10, horizon=5, num_samples=4).sizes)
+        {'recording': 2, 'horizon_step': 5}
+    """
+    _at_least_one(context=context, horizon=horizon, num_samples=num_samples)
+    scores = np.full((len(recs), horizon), np.nan)
+    for row, (name, recording) in enumerate(recs.items()):
+        trials = forecast_trials(recs, name, context)
+        rates = _mean_forecasts(fit, recs, name, trials, context, horizon, num_samples, seed)
+        seen = recording.observations[trials, context : context + horizon].astype(np.float64)
+        for step in range(seen.shape[1]):
+            scores[row, step] = explained(seen[:, step], rates[:, step], (0,))
+    steps = np.arange(1, horizon + 1)
+    lead_time = ("horizon_step", steps * recs.bin_width, {"units": "s"})
+    coords = {"recording": list(recs), "horizon_step": steps, "lead_time": lead_time}
+    attrs = {"context": context, "num_samples": num_samples, "seed": seed}
+    return xr.DataArray(scores, coords, ("recording", "horizon_step"), "forecast_r2", attrs)
+
+
+def reconstruction_r2(fit: Fit, recs: Recordings, *, num_samples: int = 50, seed: int = 0) -> xr.DataArray:
+    """Share of the variance that the posterior mean rates explain (:func:`r2`), by recording.
+
+    Args:
+        fit: a fit that knows the recordings.
+        recs: trials of them.
+        num_samples: draws behind the posterior mean; they are not kept.
+        seed: of the draws.
+
+    Returns:
+        ``(recording,)``.
+
+    Raises:
+        ValueError: a recording that the fit does not know.
+    """
+    _at_least_one(num_samples=num_samples)
+    return _by_recording(
+        "reconstruction_r2",
+        recs,
+        lambda name, r: r2(r.observations, mean_rates(fit, recs, name, num_samples, seed)),
+    )
+
+
+def rate_bps(
+    fit: Fit, recs: Recordings, *, null: Recordings | None = None, num_samples: int = 50, seed: int = 0
+) -> xr.DataArray:
+    """Bits per spike (:func:`bits_per_spike`) of the posterior mean rates of all neurons, by recording.
+
+    The guide sees what it is scored on (but for held-out neurons): a high score may be an overfit, see
+    :func:`co_bps`.
+
+    Args:
+        fit: a fit of counts that knows the recordings.
+        recs: trials of them.
+        null: recordings of the same names whose mean rates are the null model (such as the training trials; a
+            neuron silent there counts as half a spike); default ``recs``, as in the benchmark.
+        num_samples: draws behind the posterior mean.
+        seed: of the draws.
+
+    Returns:
+        ``(recording,)``.
+
+    Raises:
+        ValueError: an unknown recording, observations that are no counts, negative rates (a Gaussian fit).
+    """
+    _at_least_one(num_samples=num_samples)
+
+    def score(name: str, recording: Recording) -> float:
+        rates = mean_rates(fit, recs, name, num_samples, seed)
+        return bits_per_spike(
+            rates, recording.observations, None if null is None else _null_rates(null[name])
+        )
+
+    return _by_recording("rate_bps", recs, score)
+
+
+def co_bps(
+    fit: Fit, recs: Recordings, *, null: Recordings | None = None, num_samples: int = 50, seed: int = 0
+) -> xr.DataArray:
+    """Co-smoothing: bits per spike of the held-out neurons alone, which the guide does not see.
+
+    Args:
+        fit, null, num_samples, seed: as in :func:`rate_bps`.
+        recs: trials of the recordings, made with ``held_out_neurons``.
+
+    Returns:
+        ``(recording,)``; NaN for recordings without held-out neurons.
+
+    Raises:
+        ValueError: no recording has held-out neurons; and as :func:`rate_bps`.
+    """
+    _at_least_one(num_samples=num_samples)
+    if not any(recording.held_out_neurons.any() for recording in recs.values()):
+        raise ValueError(
+            "co_bps: needed neurons that the guide does not see, got none in any recording; make the recordings "
+            "with pm.Recording(..., held_out_neurons=...), before the fit"
+        )
+
+    def score(name: str, recording: Recording) -> float:
+        held_out = recording.held_out_neurons
+        if not held_out.any():
+            return float("nan")
+        rates = mean_rates(fit, recs, name, num_samples, seed)[..., held_out]
+        null_rates = None if null is None else _null_rates(null[name])[held_out]
+        return bits_per_spike(rates, recording.observations[..., held_out], null_rates)
+
+    return _by_recording("co_bps", recs, score)
+
+
+def fp_bps(
+    fit: Fit,
+    recs: Recordings,
+    *,
+    context: int,
+    horizon: int | None = None,
+    null: Recordings | None = None,
+    num_samples: int = 50,
+    seed: int = 0,
+) -> xr.DataArray:
+    """Forward prediction: bits per spike of the bins after ``context``, which the guide does not see.
+
+    Args:
+        fit, recs, null, num_samples, seed: as in :func:`rate_bps`; the default null model is the mean over
+            these bins.
+        context: bins given; trials that end before are left out, with a warning.
+        horizon: bins to score; default up to the end of the longest trial.
+
+    Returns:
+        ``(recording,)``.
+
+    Raises:
+        ValueError: no trial as long as ``context``, nothing after it; and as :func:`rate_bps`.
+    """
+    _at_least_one(context=context, horizon=1 if horizon is None else horizon, num_samples=num_samples)
+    scores = {}
+    for name, recording in recs.items():
+        trials = forecast_trials(recs, name, context)
+        steps = min(int(recording.lengths.max()) - context, horizon or recording.num_bins)
+        if steps < 1:
+            raise ValueError(
+                f"recording {name!r}: needed bins after context = {context} to score, got none; "
+                "choose a shorter context"
+            )
+        rates = _mean_forecasts(fit, recs, name, trials, context, steps, num_samples, seed)
+        spikes = recording.observations[trials, context : context + steps]
+        scores[name] = _named(
+            name, bits_per_spike, rates, spikes, None if null is None else _null_rates(null[name])
+        )
+    return xr.DataArray(list(scores.values()), {"recording": list(scores)}, ("recording",), "fp_bps")
+
+
+def decoding_r2(
+    fit: Fit,
+    train: Recordings,
+    test: Recordings,
+    *,
+    dims: Iterable[int | str] | None = None,
+    lag: float = 0.0,
+    num_samples: int = 50,
+    seed: int = 0,
+) -> xr.DataArray:
+    """:func:`velocity_r2` of the recordings' behaviour from posterior mean rates, by recording.
+
+    Args:
+        fit: a fit that knows the recordings.
+        train: trials to learn the decoder from.
+        test: trials to score it on.
+        dims: dims of the behaviour: positions, or names in ``attrs["behavior_names"]``; default all.
+        lag: by how much the behaviour follows the rates, in s (rounded to bins; motor cortex leads by about
+            0.1 s).
+        num_samples: draws behind the posterior mean.
+        seed: of the draws.
+
+    Returns:
+        ``(recording,)``, over the recordings of ``test``.
+
+    Raises:
+        ValueError: a recording without behaviour, an unknown dim; and as :func:`velocity_r2`.
+    """
+    _at_least_one(num_samples=num_samples)
+    shift, dims = round(lag / test.bin_width), None if dims is None else list(dims)
+
+    def score(name: str, recording: Recording) -> float:
+        parts: list[np.ndarray] = []
+        for recs in (train, test):
+            behavior = _behavior(recs[name], dims)
+            rates = mean_rates(fit, recs, name, num_samples, seed)
+            # Bin t of the rates goes with bin t + shift of the behaviour.
+            stop = max(rates.shape[1] - abs(shift), 0)
+            of_rates, of_behavior = (max(-shift, 0), max(shift, 0))
+            parts += [rates[:, of_rates : of_rates + stop], behavior[:, of_behavior : of_behavior + stop]]
+        return velocity_r2(*parts)
+
+    return _by_recording("decoding_r2", test, score)
+
+
+def mean_rates(fit: Fit, recs: Recordings, name: str, num_samples: int = 50, seed: int = 0) -> np.ndarray:
+    """Posterior mean rates of one recording, without keeping the draws.
+
+    Args:
+        fit: a fit that knows the recording.
+        recs: trials of it.
+        name: the recording.
+        num_samples: draws behind the mean.
+        seed: of the draws, as in :func:`pyro_metassm.posterior`.
+
+    Returns:
+        ``(trial, time, neuron)``, expected observation per bin; NaN in bins that a trial lacks.
+    """
+    recording = recs[name]
+    chunks = posterior_chunks(fit, recs, name, num_samples, seed)
+    rates = _mean_over_draws(fit, chunks, recording.values.shape, range(recording.num_trials), num_samples)
+    rates[np.arange(recording.num_bins) >= recording.lengths[:, None]] = np.nan
+    return rates
+
+
+def _mean_forecasts(fit, recs, name, trials, context, horizon, num_samples, seed) -> np.ndarray:
+    chunks = forecast_chunks(fit, recs, name, trials, context, horizon, num_samples, seed)
+    return _mean_over_draws(fit, chunks, (len(trials), horizon, recs[name].num_neurons), trials, num_samples)
+
+
+def _mean_over_draws(
+    fit: Fit, chunks: Iterable[Chunk], shape: tuple[int, ...], trials: Iterable[int], num_samples: int
+) -> np.ndarray:
+    """Mean rates ``shape = (trial, time, neuron)`` of the given trials, summed chunk by chunk in float64."""
+    total = np.zeros(shape)
+    position = {trial: row for row, trial in enumerate(trials)}
+    for chunk in chunks:
+        mean = observation(fit.model, chunk.latents, chunk.batch).mean[:, 0]  # (draw, trial, time, neuron)
+        rows = [position[int(trial)] for trial in chunk.trials]
+        total[rows, : mean.shape[2]] += mean.double().sum(0).cpu().numpy()
+    return total / num_samples
+
+
+def _by_recording(score: str, recs: Recordings, of: Callable[[str, Recording], float]) -> xr.DataArray:
+    values = [_named(name, of, name, recording) for name, recording in recs.items()]
+    return xr.DataArray(values, {"recording": list(recs)}, ("recording",), score)
+
+
+def _named(name: str, function: Callable[..., float], *args: Any) -> float:
+    """The result, or the error with the recording's name."""
+    try:
+        return function(*args)
+    except ValueError as error:
+        if str(error).startswith("recording "):
+            raise
+        raise ValueError(f"recording {name!r}: {error}") from error
+
+
+def _null_rates(recording: Recording) -> np.ndarray:
+    """Mean count per bin of each neuron ``(neuron,)``, at least half a spike in all."""
+    bins = recording.mask.sum((0, 1))
+    return np.maximum(recording.values.sum((0, 1), dtype=np.float64), 0.5) / np.maximum(bins, 1)
+
+
+def _behavior(recording: Recording, dims: Sequence[int | str] | None) -> np.ndarray:
+    if recording.behavior is None:
+        raise ValueError("needed behaviour to decode, got none; make it with pm.Recording(..., behavior=...)")
+    names = [str(name) for name in recording.attrs.get("behavior_names", [])]
+    size = recording.behavior.shape[-1]
+    chosen = list(range(size)) if dims is None else [names.index(d) if d in names else d for d in dims]
+    if not chosen or not all(isinstance(d, int) and 0 <= d < size for d in chosen):
+        raise ValueError(
+            f"needed dims of the behaviour as positions below {size} or names of {names}, got {dims}"
+        )
+    return recording.behavior[..., chosen]
+
+
+def _at_least_one(**numbers: int) -> None:
+    for name, number in numbers.items():
+        if not isinstance(number, int | np.integer) or number < 1:
+            raise ValueError(f"{name}: needed an integer of at least 1, got {number!r}")

@@ -1,0 +1,405 @@
+"""Fits as files: a folder with `fit.safetensors` (numbers) and `fit.json` (how to rebuild the classes). No pickle.
+
+What is read is data, never code: classes are looked up by name in this library and among those that the caller
+passes, nothing named in a file is imported, and no more is allocated than the file itself holds.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import inspect
+import json
+import math
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import xarray as xr
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from pyro_metassm import _checks as checks
+from pyro_metassm import guides, likelihoods, models
+from pyro_metassm.guides import encoders
+from pyro_metassm.neurons import NeuronTable
+from pyro_metassm.result import Fit
+
+FORMAT = 1
+TENSORS, HEADER = "fit.safetensors", "fit.json"
+LARGEST_HEADER = 64 * 2**20  # bytes
+SPARE = (
+    2**24
+)  # numbers that constructors may make beyond those in the file: temporaries, tables that are not saved
+PLAIN = "None, booleans, numbers, text, classes, and lists, tuples and dicts of these"
+
+
+def save(fit: Fit, path: str | os.PathLike[str]) -> None:
+    """Write a fit into a folder, as :func:`load` reads it.
+
+    The files are written beside the old ones and then renamed, `fit.json` last; other files of the folder stay.
+
+    Args:
+        fit: the fit. ``model.config`` and ``guide.config`` hold the arguments of their constructors.
+        path: the folder, which is made if it is not there.
+
+    Raises:
+        ValueError: a model or guide that cannot be rebuilt from its ``config`` (nothing is written), or ``attrs`` of
+            other than plain values.
+
+    Example:
+        >>> import tempfile
+        >>> import pyro_metassm as pm
+        >>> recs = pm.simulate.limit_cycles([2.5, 5.0], num_trials=8, num_steps=20)
+        >>> model = pm.models.MetaSSM(recs, latent_dim=2, embedding_dim=1)
+        >>> fit = pm.fit(model, pm.guides.DKF(model), recs, num_steps=5, warm_start_steps=5, progress=False)
+        >>> folder = Path(tempfile.mkdtemp()) / "fit"
+        >>> save(fit, folder)
+        >>> load(folder)
+        Fit(MetaSSM with DKF, 2 recordings, latent_dim=2, embedding_dim=1, 5 steps)
+    """
+    neurons = fit.model.neurons
+    for what, module in (("model", fit.model), ("guide", fit.guide)):
+        _check_config(what, module)
+    tensors = {f"model.{key}": value for key, value in fit.model.state_dict().items()}
+    tensors |= {f"guide.{key}": value for key, value in fit.guide.state_dict().items()}
+    # Built anew once, so that a fit that could not be loaded is noticed while it is still there.
+    model, guide = _build(
+        neurons.names,
+        neurons.num_neurons,
+        (type(fit.model), fit.model.config),
+        (type(fit.guide), fit.guide.config),
+    )
+    _match(
+        {key: (tuple(value.shape), value.dtype) for key, value in tensors.items()}, model, guide, fit.dtype
+    )
+    tensors["statistics"] = fit.statistics
+    variables = {}
+    for name, variable in fit.history.variables.items():
+        if variable.dtype.kind not in "fiub":
+            raise ValueError(
+                f"history[{name!r}]: needed numbers to save, got {variable.dtype}; drop it first"
+            )
+        tensors[f"history.{name}"] = torch.from_numpy(np.array(variable.values))
+        is_coord = name in fit.history.coords
+        of_variable = _encode(variable.attrs, f"history[{name!r}].attrs")
+        variables[str(name)] = {"dims": list(variable.dims), "coordinate": is_coord, "attrs": of_variable}
+    header = {
+        "format": FORMAT,
+        "versions": _versions(),
+        "model": _encode_class(type(fit.model)) | {"config": _encode(fit.model.config, "model.config")},
+        "guide": _encode_class(type(fit.guide)) | {"config": _encode(fit.guide.config, "guide.config")},
+        "names": list(neurons.names),
+        "num_neurons": list(neurons.num_neurons),
+        "dtype": str(fit.dtype).removeprefix("torch."),
+        "seed": int(fit.seed),
+        "attrs": _encode(fit.attrs, "attrs"),
+        "history": {"variables": variables, "attrs": _encode(fit.history.attrs, "history.attrs")},
+    }
+    folder = Path(path)
+    folder.mkdir(parents=True, exist_ok=True)
+    parts = [folder / f"{name}.part" for name in (TENSORS, HEADER)]
+    try:
+        # Copies: tensors that share memory are saved each on its own.
+        save_file(
+            {key: value.detach().cpu().clone().contiguous() for key, value in tensors.items()}, parts[0]
+        )
+        header["sha256"] = _digest(parts[0])
+        parts[1].write_text(json.dumps(header, indent=1, allow_nan=False), encoding="utf-8")
+        for part in parts:
+            with open(part, "rb+") as file:
+                os.fsync(file.fileno())
+        for part in parts:
+            os.replace(part, part.with_suffix(""))
+    finally:
+        for part in parts:
+            part.unlink(missing_ok=True)
+
+
+def load(
+    path: str | os.PathLike[str], *, custom: Iterable[type] = (), device: str | torch.device = "cpu"
+) -> Fit:
+    """Read a fit that :func:`save` has written.
+
+    Args:
+        path: the folder.
+        custom: your own classes that the fit is made of (model, guide, likelihood, encoder); those of the library are
+            known. They are found by name, so an edited class of the same name takes the place of the old one.
+        device: where to; "auto" takes a GPU where there is one.
+
+    Returns:
+        The fit, as it was saved: bit-equal parameters, in eval mode.
+
+    Raises:
+        FileNotFoundError: no fit there.
+        ValueError: naming the folder: files that are damaged, of another save, of a newer version of the format, or
+            that claim sizes which they do not hold; a class that is neither the library's nor in ``custom``.
+    """
+    folder = Path(path)
+    for name in (HEADER, TENSORS):
+        if not (folder / name).is_file():
+            raise FileNotFoundError(
+                f"{folder / name}: no such file; needed a folder written by fit.save(...)"
+            )
+    chosen = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
+    try:
+        return _load(folder, _custom(custom), chosen)
+    except (ValueError, TypeError, OSError, RecursionError, SafetensorError) as error:
+        raise ValueError(f"{folder}: no fit that can be loaded: {error}") from error
+
+
+def _load(folder: Path, custom: Mapping[str, type], device: torch.device) -> Fit:
+    if (folder / HEADER).stat().st_size > LARGEST_HEADER:
+        raise ValueError(f"{HEADER}: needed at most {LARGEST_HEADER} bytes, got more")
+    header = json.loads((folder / HEADER).read_text(encoding="utf-8"))
+    if not isinstance(header, dict) or type(header.get("format")) is not int:
+        raise ValueError(f"{HEADER}: needed an object with a number `format`, got something else")
+    if header["format"] > FORMAT:
+        raise ValueError(
+            f"{HEADER}: needed format {FORMAT} or older, got {header['format']}, written by "
+            f"{header.get('versions')}; update pyro-metassm"
+        )
+    if _get(header, "sha256", str) != _digest(folder / TENSORS):
+        raise ValueError(
+            f"{TENSORS} is damaged, or of another save than {HEADER}; copy the whole folder again"
+        )
+    names = [checks.name_of(name) for name in _get(header, "names", list)]
+    num_neurons = _get(header, "num_neurons", list)
+    if len(set(names)) < len(names) or not all(type(count) is int and count > 0 for count in num_neurons):
+        raise ValueError(f"{HEADER}: needed different names and numbers of neurons above 0, got others")
+    specifications = []
+    for what in ("model", "guide"):
+        entry = _get(header, what, dict)
+        config = _decode(_get(entry, "config", dict), custom)
+        specifications.append((_decode({k: entry.get(k) for k in ("class", "module")}, custom), config))
+    with safe_open(folder / TENSORS, framework="pt", device=str(device)) as file:
+        slices = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118 - not a dict
+        claimed = {key: (tuple(s.get_shape()), DTYPES.get(s.get_dtype())) for key, s in slices.items()}
+        budget = SPARE + 8 * sum(math.prod(shape) for shape, _ in claimed.values())
+        model, guide = _build(names, num_neurons, *specifications, budget)
+        dtype = getattr(torch, _get(header, "dtype", str), None)
+        if dtype not in (torch.float32, torch.float64):
+            raise ValueError(f"{HEADER}: needed dtype float32 or float64, got {header['dtype']!r}")
+        of_modules = {k: v for k, v in claimed.items() if k.startswith(("model.", "guide."))}
+        _match(of_modules, model, guide, dtype)
+        if claimed.get("statistics", (None, None))[1] != dtype or claimed["statistics"][0][:1] != (
+            len(names),
+        ):
+            raise ValueError(f"{TENSORS}: needed statistics ({len(names)}, ...) of {dtype}, got others")
+        for prefix, module in (("model.", model), ("guide.", guide)):
+            module.to(device)
+            parts = {k.removeprefix(prefix): file.get_tensor(k) for k in of_modules if k.startswith(prefix)}
+            module.load_state_dict(parts)
+            module.eval()
+        history = _history(_get(header, "history", dict), file, custom)
+        statistics = file.get_tensor("statistics")
+    attrs = _decode(_get(header, "attrs", dict), custom)
+    return Fit(model, guide, history, statistics, seed=_get(header, "seed", int), attrs=attrs)
+
+
+def _history(entry: dict, file: Any, custom: Mapping[str, type]) -> xr.Dataset:
+    parts: tuple[dict, dict] = ({}, {})
+    for name, variable in _get(entry, "variables", dict).items():
+        values = file.get_tensor(f"history.{name}").cpu().numpy()
+        attrs = _decode(_get(variable, "attrs", dict), custom)
+        parts[bool(variable.get("coordinate"))][name] = (_get(variable, "dims", list), values, attrs)
+    return xr.Dataset(*parts, attrs=_decode(_get(entry, "attrs", dict), custom))
+
+
+# ---- building -------------------------------------------------------------------------------------------------------
+
+
+def _build(names, num_neurons, model, guide, budget: int | None = None) -> tuple[nn.Module, nn.Module]:
+    """Model and guide anew from their classes and configurations; the random state is left as it was."""
+    with torch.random.fork_rng(devices=[]), _Budget(budget):
+        neurons = NeuronTable(names, num_neurons)
+        built = _construct(model, neurons)
+        return built, _construct(guide, built)
+
+
+def _construct(specification: tuple[type, dict], first: Any) -> nn.Module:
+    cls, config = specification
+    if not (isinstance(cls, type) and issubclass(cls, nn.Module) and isinstance(config, dict)):
+        raise ValueError(f"needed a module and its configuration, got {cls!r} and {config!r}")
+    known, takes_any = _parameters(cls)
+    # A subclass that fixes an argument of its base no longer takes it, while the base still records it.
+    arguments = {key: value for key, value in config.items() if takes_any or key in known}
+    try:
+        return cls(first, **arguments)
+    except Exception as error:
+        raise ValueError(
+            f"{cls.__name__} cannot be built from its configuration {arguments}: {error}; its constructor takes a table "
+            "of neurons (or the model) first, and self.config holds its other arguments"
+        ) from error
+
+
+def _parameters(cls: type) -> tuple[list[str], bool]:
+    """Names of a constructor's arguments after the first, and whether it takes any others."""
+    parameters = list(inspect.signature(cls).parameters.values())
+    named = [p.name for p in parameters[1:] if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)]
+    return named, any(p.kind is p.VAR_KEYWORD for p in parameters)
+
+
+def _check_config(what: str, module: nn.Module) -> None:
+    lacking = [name for name in _parameters(type(module))[0] if name not in module.config]
+    if lacking:
+        raise ValueError(
+            f"{what}.config: needed every argument of {type(module).__name__}'s constructor to build it again, got no "
+            f"{', '.join(lacking)}; add them in the constructor (self.config |= {{...}}), or now to fit.{what}.config"
+        )
+
+
+def _match(claimed: dict[str, tuple], model: nn.Module, guide: nn.Module, dtype: torch.dtype) -> None:
+    """Bring the modules to ``dtype`` if need be, and compare every tensor with what is claimed to be there."""
+
+    def built() -> dict[str, tuple]:
+        states = (("model", model.state_dict()), ("guide", guide.state_dict()))
+        return {f"{m}.{k}": (tuple(v.shape), v.dtype) for m, state in states for k, v in state.items()}
+
+    if built() != claimed and dtype != torch.float32:
+        model.to(dtype), guide.to(dtype)
+    expected = built()
+    wrong = [key for key in expected.keys() | claimed.keys() if expected.get(key) != claimed.get(key)]
+    if wrong:
+        key = min(wrong)
+        raise ValueError(
+            f"the tensors do not fit the configuration: {len(wrong)} of {len(expected)} differ; {key}: needed "
+            f"{expected.get(key, 'none')}, got {claimed.get(key, 'none')}; use the classes that the fit was made with"
+        )
+
+
+class _Budget(TorchDispatchMode):
+    """Stops constructors that would allocate more numbers than a file can hold."""
+
+    def __init__(self, budget: int | None):
+        super().__init__()
+        self.left = math.inf if budget is None else budget
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        numbers, is_factory = _numbers(func, args)
+        if numbers > self.left:
+            raise ValueError(f"it claims sizes far beyond what the file holds ({numbers:.3g} numbers)")
+        self.left -= numbers if is_factory else 0
+        return func(*args, **(kwargs or {}))
+
+
+def _numbers(func, args) -> tuple[float, bool]:
+    """How many numbers an operation names by its shape, and whether it makes them from nothing."""
+    is_factory = not any(isinstance(a, Tensor) for a in args)
+    for a in args:
+        if isinstance(a, list | tuple) and a and all(type(n) is int for n in a):
+            return math.prod(abs(n) for n in a), is_factory
+    sizes = [a for a in args if type(a) in (int, float)]
+    if not is_factory or not sizes:
+        return 0, is_factory
+    if "arange" in func.name():
+        return abs(sizes[1] - sizes[0]) if len(sizes) > 1 else abs(sizes[0]), True
+    return math.prod(abs(n) for n in sizes) ** (2 if "eye" in func.name() and len(sizes) == 1 else 1), True
+
+
+# ---- plain values ---------------------------------------------------------------------------------------------------
+
+
+def _encode_class(cls: type) -> dict[str, str]:
+    return {"class": cls.__name__, "module": cls.__module__}
+
+
+def _encode(value: Any, where: str) -> Any:
+    """A value as JSON: objects stand for what JSON lacks."""
+    if isinstance(value, np.generic):
+        value = value.item()
+    if isinstance(value, type):
+        return _encode_class(value)
+    if isinstance(value, float) and not math.isfinite(value):
+        return {"float": repr(value)}
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    if isinstance(value, list | tuple):
+        items = [_encode(item, f"{where}[{number}]") for number, item in enumerate(value)]
+        return items if isinstance(value, list) else {"tuple": items}
+    if isinstance(value, Mapping) and all(isinstance(key, str) for key in value):
+        return {"dict": {key: _encode(item, f"{where}[{key!r}]") for key, item in value.items()}}
+    raise ValueError(f"{where}: needed {PLAIN} to save, got {type(value).__name__}; convert or remove it")
+
+
+def _decode(value: Any, custom: Mapping[str, type]) -> Any:
+    if isinstance(value, list):
+        return [_decode(item, custom) for item in value]
+    if not isinstance(value, dict):
+        return value
+    match value:
+        case {"class": str(name), "module": str(module)}:
+            return _class(name, module, custom)
+        case {"float": str(text)} if text in ("nan", "inf", "-inf"):
+            return float(text)
+        case {"tuple": list(items)}:
+            return tuple(_decode(items, custom))
+        case {"dict": dict(items)}:
+            return {key: _decode(item, custom) for key, item in items.items()}
+    raise ValueError(f"{HEADER}: needed {PLAIN}, got an object with {checks.some(sorted(value))}")
+
+
+def _class(name: str, module: str, custom: Mapping[str, type]) -> type:
+    known = {
+        key: value
+        for namespace in (models, guides, likelihoods, encoders)
+        for key, value in vars(namespace).items()
+        if isinstance(value, type) and value.__module__.startswith("pyro_metassm.")
+    }
+    if module.startswith("pyro_metassm.") and name in known:
+        return known[name]
+    if name not in custom:
+        raise ValueError(
+            f"needed the class {name} (from {module}), which is not the library's, got "
+            f"{checks.some(list(custom)) or 'none'}; define or import it and pass custom=[{name}]"
+        )
+    return custom[name]
+
+
+def _custom(classes: Iterable[type]) -> dict[str, type]:
+    classes = [classes] if isinstance(classes, type) else list(classes)
+    found = {cls.__name__: cls for cls in classes if isinstance(cls, type)}
+    if len(found) < len(classes):
+        raise ValueError(f"custom: needed classes of different names, got {classes}")
+    return found
+
+
+def _get(entry: Any, key: str, kind: type) -> Any:
+    """A value of the header, of the type that it must have."""
+    if not isinstance(entry, dict) or type(entry.get(key)) is not kind:
+        raise ValueError(f"{HEADER}: needed {key!r} as {kind.__name__}, got something else or nothing")
+    return entry[key]
+
+
+def _digest(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _versions() -> dict[str, str]:
+    found = {"torch": str(torch.__version__), "numpy": np.__version__}
+    for name in ("pyro-metassm", "pyro-ppl"):
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:  # run from a folder, not installed
+            found[name] = "unknown"
+    return found
+
+
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}

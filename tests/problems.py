@@ -1,0 +1,52 @@
+"""Small problems that the mathematical tests share: recordings that are unequal in every way, and their models."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import torch
+
+import pyro_metassm as pm
+from pyro_metassm.recordings import Batch, Recording, Recordings
+
+SHAPES = {"a": (3, (7, 4, 6)), "b": (5, (5, 9)), "c": (1, (5, 8, 8, 2))}  # name -> neurons, bins of each trial
+
+
+def recordings(counts: bool = False, seed: int = 0, missing: bool = True, shapes=None, **more) -> Recordings:
+    """Recordings of unequal neurons, trials and lengths, some bins and neurons missing (the first bin, too)."""
+    rng = np.random.default_rng(seed)
+    result = []
+    for name, (num_neurons, lengths) in (shapes or SHAPES).items():
+        trials = []
+        for k, length in enumerate(lengths):
+            y = (rng.poisson(2.0, (length, num_neurons)) if counts else rng.normal(size=(length, num_neurons))) * 1.0
+            if missing and length > 2:
+                y[length // 2] = np.nan  # a whole bin
+                y[-1, 0] = np.nan  # a neuron in the last bin (in c: the bin)
+                if k == 0:
+                    y[0] = np.nan
+            trials.append(y)
+        # Lengths are stated: a trial may end with a bin that was not observed.
+        width = max(lengths)
+        array = np.full((len(lengths), width, num_neurons), np.nan)
+        for row, y in zip(array, trials, strict=True):
+            row[: len(y)] = y
+        result.append(Recording(name, array, bin_width=0.02, lengths=np.array(lengths), **more))
+    return Recordings(result)
+
+
+def linear_gaussian(recs: Recordings, latent_dim: int = 2, seed: int = 0) -> pm.models.LinearGaussian:
+    """A linear-Gaussian model in float64, every parameter a random one."""
+    torch.manual_seed(seed)
+    model = pm.models.LinearGaussian(recs, latent_dim=latent_dim, embedding_dim=2).double()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(0.5 * torch.randn_like(parameter))
+        model.dynamics.weight.add_(0.6 * torch.eye(latent_dim))
+    return model
+
+
+def garbage(batch: Batch, value: float) -> Batch:
+    """The batch with ``value`` wherever there is no observation."""
+    return dataclasses.replace(batch, observations=torch.where(batch.mask, batch.observations, value))
