@@ -87,8 +87,10 @@ class BidirectionalGRU(nn.Module):
         self.weight_hidden = nn.Parameter(torch.empty(2, hidden_dim, 3 * hidden_dim).uniform_(-bound, bound))
         self.bias_in = nn.Parameter(torch.empty(2, 3 * hidden_dim).uniform_(-bound, bound))
         self.bias_hidden = nn.Parameter(torch.empty(2, hidden_dim).uniform_(-bound, bound))
-        self.weight_out = nn.Parameter(torch.empty(2, hidden_dim, out_dim).uniform_(-bound, bound) * 2**-0.5)
+        self.weight_out = nn.Parameter(torch.randn(2, hidden_dim, out_dim))
         self.bias_out = nn.Parameter(torch.zeros(out_dim))
+        # Kept out of the weights, so that a step of the optimiser moves the output by as much at any width.
+        self.scale_out = (2 * hidden_dim) ** -0.5
 
     def forward(self, x: Tensor, lengths: Tensor) -> Tensor:
         rows, steps, _ = x.shape
@@ -96,7 +98,7 @@ class BidirectionalGRU(nn.Module):
         both = torch.stack([x, _mirror(x, lengths)]).flatten(1, 2)  # (2, T B, in): time first, as the loop reads it
         inputs = torch.baddbmm(self.bias_in.unsqueeze(1), both, self.weight_in).view(2, steps, rows, -1)
         states = _Recursion.apply(inputs, self.weight_hidden, self.bias_hidden)
-        ahead, back = torch.bmm(states.flatten(1, 2), self.weight_out).view(2, steps, rows, -1)
+        ahead, back = torch.bmm(states.flatten(1, 2), self.weight_out * self.scale_out).view(2, steps, rows, -1)
         return (ahead + _mirror(back, lengths) + self.bias_out).transpose(0, 1)
 
 

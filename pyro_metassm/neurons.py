@@ -128,12 +128,12 @@ class ReadOut(nn.Module):
 
 
 class ReadIn(nn.Module):
-    """Linear read-in of every recording, ``ybar = ((s(y) - m_i) / c_i * seen) W_i * N_i / seen_i + b_i`` (eq. 14).
+    """Linear read-in of every recording, ``ybar = mean_n ((s(y_n) - m_n) / c_i) W_n + b_i`` over the neurons seen (eq. 14).
 
     ``s`` is the square root for counts (it evens out their noise) and the identity otherwise; ``m_i`` are the means of
     the neurons and ``c_i`` the scale of the recording, both set once by :meth:`start`. Missing bins and held-out neurons
-    contribute nothing; the rest is scaled up by the share of neurons seen, so that a few missing neurons do not shrink
-    the projection.
+    contribute nothing. A mean, not a sum: a few missing neurons do not shrink it, and a step of the optimiser moves the
+    common space by as much with a thousand neurons as with ten.
 
     Args:
         neurons: the table of all neurons.
@@ -151,7 +151,7 @@ class ReadIn(nn.Module):
         super().__init__()
         self.neurons = neurons
         sizes = torch.tensor(neurons.num_neurons)
-        self.weight = nn.Parameter(torch.randn(neurons.total, out_dim) * sizes.repeat_interleave(sizes)[:, None] ** -0.5)
+        self.weight = nn.Parameter(torch.randn(neurons.total, out_dim) * sizes.repeat_interleave(sizes)[:, None] ** 0.5)
         self.bias = nn.Parameter(torch.zeros(len(neurons.names), out_dim))
         self.register_buffer("center", torch.zeros(neurons.total))
         self.register_buffer("scale", torch.ones(len(neurons.names)))
@@ -184,6 +184,7 @@ class ReadIn(nn.Module):
 
     def forward(self, observations: Tensor, seen: Tensor, recording: Tensor, held_in: Tensor) -> tuple[Tensor, Tensor]:
         weight = self.neurons.gather(self.weight, recording, observations.shape[-1])
-        share = seen.sum(-1, keepdim=True) / held_in.sum(-1).clamp(min=1)[:, None, None, None].to(weight.dtype)
-        ybar = linear_by_recording(self.features(observations, seen, recording), weight) / share.clamp(min=1e-6)
+        count = seen.sum(-1, keepdim=True).to(weight.dtype)
+        share = count / held_in.sum(-1).clamp(min=1)[:, None, None, None]
+        ybar = linear_by_recording(self.features(observations, seen, recording), weight) / count.clamp(min=1)
         return (ybar + self.bias[recording][:, None, None, :]) * (share > 0), share

@@ -523,7 +523,7 @@ def test_read_out_takes_the_rows_of_each_recording():
 
 @pytest.mark.parametrize("counts", [False, True])
 def test_read_in_is_its_equation(counts):
-    """Neuron by neuron, in numpy: centred, scaled, weighted, and scaled up for the neurons that are missing."""
+    """Bin by bin, in numpy: centred, scaled, weighted, and averaged over the neurons that were seen."""
     recs = recordings(counts=counts)
     torch.manual_seed(0)
     read_in = ReadIn(NeuronTable.of(recs), 4).double()
@@ -542,7 +542,7 @@ def test_read_in_is_its_equation(counts):
                 seen = ~np.isnan(y[k, t])
                 expected = np.zeros(4)
                 if seen.any():
-                    expected = centred[k, t, seen] @ weight[seen] * len(seen) / seen.sum() + bias
+                    expected = centred[k, t, seen] @ weight[seen] / seen.sum() + bias
                 np.testing.assert_allclose(ybar[r, k, t].detach(), expected, rtol=1e-6, atol=1e-6)
                 assert np.isclose(share[r, k, t].item(), seen.mean())
 

@@ -236,7 +236,7 @@ class Crash(Exception):
 def test_a_fit_is_resumed_where_it_stopped(recs, tmp_path, monkeypatch, crash_at):
     """A crash between two checkpoints; what is taken up ends in the same numbers to the bit."""
     model, guide = parts(recs)
-    options = QUICK | {"num_steps": 9, "recordings_per_step": 2, "validation": recs, "validation_every": 2}
+    options = QUICK | {"num_steps": 11, "recordings_per_step": 2, "validation": recs, "validation_every": 2}
     expected = pm.fit(model, guide, recs, **options)
     original = Trainer.take_step
 
@@ -256,7 +256,7 @@ def test_a_fit_is_resumed_where_it_stopped(recs, tmp_path, monkeypatch, crash_at
 
     monkeypatch.setattr(Trainer, "take_step", counted)
     resumed = pm.fit(model, guide, recs, checkpoint=tmp_path, checkpoint_every=2, **options)
-    assert taken == list(range(crash_at - crash_at % 2, 9))  # from the last checkpoint, not from the start
+    assert taken == list(range(crash_at - crash_at % 2, 11))  # from the last checkpoint, not from the start
     assert_same(resumed, expected)
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint.safetensors"]
     # Once it has ended, it is read and not run again.
@@ -368,6 +368,14 @@ def test_a_fit_trains_on_with_roll_outs(recs, monkeypatch):
     monkeypatch.setattr(Trainer, "take_step", lambda self, *a: (modes.append(self.guide.training), original(self, *a)))
     pm.fit(fit.model, fit.guide, recs, warm_start=False, **{k: v for k, v in QUICK.items() if k != "warm_start_steps"})
     assert modes and all(modes)
+
+
+@pytest.mark.parametrize("number", range(13))
+def test_every_number_of_steps_is_possible(recs, number):
+    """The cycle of the learning rate has special cases for small totals."""
+    fit = pm.fit(*parts(recs), recs, num_steps=number, warm_start_steps=number, trials_per_step=1, progress=False)
+    assert fit.history.sizes.get("step", 0) == number
+    assert all(v.isfinite().all() for v in state(fit.model, fit.guide).values())
 
 
 # ---- edits of the model -----------------------------------------------------------------------------------------
