@@ -58,11 +58,11 @@ class DKF(AmortizedGuide):
         self.config |= {
             "common_dim": common_dim, "hidden_dim": hidden_dim, "rollout_probability": rollout_probability
         }
-        read_in_dim = self.config["read_in_dim"]
-        self.common = None
+        channels = self.read_in.weight.shape[-1] + 1
+        self.common: nn.Module | None = None
         if common_dim is not None:
-            self.common = nn.Sequential(nn.Linear(read_in_dim + 1, common_dim), nn.LayerNorm(common_dim), nn.SiLU())
-        in_dim = (read_in_dim + 1 if common_dim is None else common_dim) + model.latent_dim + model.embedding_dim
+            self.common = nn.Sequential(nn.Linear(channels, common_dim), nn.LayerNorm(common_dim), nn.SiLU())
+        in_dim = (channels if common_dim is None else common_dim) + model.latent_dim + model.embedding_dim
         self.rnn = BidirectionalGRU(in_dim, hidden_dim, 2 * model.latent_dim)
         self.rollout_probability = rollout_probability
         with torch.no_grad():  # start as the frame with a tenth of a latent's scale

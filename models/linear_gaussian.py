@@ -43,7 +43,7 @@ class LinearGaussian(MetaSSM):
             recordings, latent_dim=latent_dim, embedding_dim=embedding_dim, rank=0, hidden_dim=1, likelihood=Gaussian
         )
         self.config = {"latent_dim": latent_dim, "embedding_dim": embedding_dim}
-        self.dynamics = nn.Linear(latent_dim, latent_dim)
+        self.dynamics: nn.Module = nn.Linear(latent_dim, latent_dim)
         with torch.no_grad():  # start as a slow decay
             self.dynamics.weight.copy_(0.95 * torch.eye(latent_dim))
             self.dynamics.bias.zero_()

@@ -98,7 +98,7 @@ class MetaSSM(PyroModule):
             "likelihood": likelihood,
         }
         self.neurons = recordings if isinstance(recordings, NeuronTable) else NeuronTable.of(recordings)
-        self.dynamics = LowRankMLP(latent_dim, embedding_dim, rank=rank, hidden_dim=hidden_dim)
+        self.dynamics: nn.Module = LowRankMLP(latent_dim, embedding_dim, rank=rank, hidden_dim=hidden_dim)
         self.initial = DiagonalNormal(latent_dim, scale=1.0)
         self.process_noise = DiagonalNoise(latent_dim, scale=0.1)
         self.read_out = ReadOut(self.neurons, latent_dim)

@@ -27,7 +27,7 @@ def _parser() -> argparse.ArgumentParser:
     demo = commands.add_parser("demo", help="simulate four limit cycles, fit, forecast, draw pictures")
     demo.add_argument("--out", default="demo", help="folder to write into (default: demo)")
     demo.add_argument("--seed", type=int, default=0)
-    demo.add_argument("--steps", type=int, default=400, dest="num_steps", help="steps of SVI after the warm start")
+    demo.add_argument("--steps", type=int, default=300, dest="num_steps", help="steps of SVI after the warm start")
     demo.add_argument("--trials", type=int, default=128, dest="num_trials", help="trials simulated of each recording")
     demo.set_defaults(command=_demo)
 

@@ -98,10 +98,11 @@ class LowRankMLP(nn.Module):
     ):
         super().__init__()
         widths = (latent_dim, hidden_dim, hidden_dim, latent_dim)
-        self.layers = nn.ModuleList(nn.Linear(inp, out) for inp, out in zip(widths, widths[1:], strict=False))
+        layers = [nn.Linear(inp, out) for inp, out in zip(widths, widths[1:], strict=False)]
+        self.layers, last = nn.ModuleList(layers), layers[-1]
         with torch.no_grad():  # start near the identity: a small step away from z
-            self.layers[-1].weight.mul_(0.3)
-            self.layers[-1].bias.zero_()
+            last.weight.mul_(0.3)
+            last.bias.zero_()
         adapted = tuple(zip(widths[:2], widths[1:3], strict=True))
         self.hypernetwork = LowRankHypernetwork(embedding_dim, adapted, rank)
         self.residual, self.activation = residual, activation

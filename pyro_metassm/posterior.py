@@ -96,7 +96,7 @@ def posterior(
                 density = observed(y, chunk.batch.mask).log_prob(chunk.batch.observations)
                 per_trial[chunk.draws, chunk.trials] = to_numpy(density[:, 0])
         embeddings[name] = embedding
-        groups = {"posterior": {"latents": latents, "rates": rates}}
+        groups: dict[str, dict[str, np.ndarray]] = {"posterior": {"latents": latents, "rates": rates}}
         if drawn is not None:
             groups["posterior_predictive"] = {"observations": drawn}
         if per_trial is not None:
@@ -229,7 +229,7 @@ def posterior_chunks(
                 batch = dataclasses.replace(batch, embedding_statistics=fit.statistics[batch.recording])
                 batch = batch if context is None else batch.first_bins(context)
                 # One embedding a draw for all trials: the first chunk draws it, the others are given it.
-                known = {} if embedding is None else {"embedding": embedding}
+                known: dict[str, Tensor] = {} if embedding is None else {"embedding": embedding}
                 with pyro.plate("draw", draws.stop - draws.start, dim=-3):
                     sites = poutine.trace(poutine.condition(fit.guide, data=known)).get_trace(batch).nodes
                 embedding = sites["embedding"]["value"]

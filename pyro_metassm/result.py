@@ -7,8 +7,10 @@ from pathlib import Path
 
 import torch
 import xarray as xr
-from torch import Tensor, nn
+from torch import Tensor
 
+from pyro_metassm.guides.base import AmortizedGuide
+from pyro_metassm.models.meta_ssm import MetaSSM
 from pyro_metassm.recordings import Recordings
 
 ELEMENTS = 4_000_000  # observations a chunk of the passes over the data
@@ -27,8 +29,8 @@ class Fit:
         seed: of the fit.
     """
 
-    model: nn.Module
-    guide: nn.Module
+    model: MetaSSM
+    guide: AmortizedGuide
     history: xr.Dataset
     statistics: Tensor
     seed: int = 0
@@ -79,7 +81,7 @@ def embedding_statistics(model, guide, recs: Recordings) -> Tensor:
     parameter = next(guide.parameters())
     rows: dict[str, Tensor] = {}
     for name in recs:
-        total, weight = 0.0, 0
+        total, weight = parameter.new_zeros(2 * model.embedding_dim), 0
         for trials in trial_chunks(recs, name):
             batch = recs.batch(
                 model.names, names=[name], trials={name: trials}, dtype=parameter.dtype, device=parameter.device

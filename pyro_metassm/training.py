@@ -17,6 +17,8 @@ from tqdm.auto import tqdm
 
 from pyro_metassm import checkpoints, warm_start as starts
 from pyro_metassm.elbo import SequentialELBO
+from pyro_metassm.guides.base import AmortizedGuide
+from pyro_metassm.models.meta_ssm import MetaSSM
 from pyro_metassm.recordings import Batch, Recordings, sample_trials
 from pyro_metassm.result import Fit, embedding_statistics
 
@@ -32,8 +34,8 @@ class NonFiniteLossError(RuntimeError):
 
 
 def fit(
-    model: nn.Module,
-    guide: nn.Module,
+    model: MetaSSM,
+    guide: AmortizedGuide,
     recs: Recordings,
     *,
     num_steps: int = 2000,
@@ -95,10 +97,12 @@ def fit(
         >>> fit.history.sizes["step"]
         5
     """
-    if num_steps < 0 or warm_start_steps < 0 or not 0 < learning_rate < math.inf:
+    _check_numbers(num_steps=num_steps, warm_start_steps=warm_start_steps)
+    _check_numbers(1, validation_every=validation_every, checkpoint_every=checkpoint_every)
+    if not (0 < learning_rate < math.inf and 0 < clip_norm and 0 <= update_penalty):
         raise ValueError(
-            "fit: needed num_steps >= 0, warm_start_steps >= 0 and a positive learning_rate, "
-            f"got {num_steps}, {warm_start_steps} and {learning_rate}"
+            "fit: needed a positive learning_rate and clip_norm and an update_penalty of at least 0, "
+            f"got {learning_rate}, {clip_norm} and {update_penalty}"
         )
     for recording in recs.values():
         model.observation.check(recording)
@@ -264,6 +268,12 @@ class Trainer:
         attrs = {f"{k}_seconds": v for k, v in self.seconds.items()} | {"num_observed": self.scale}
         history = xr.Dataset(columns, coords={"step": np.arange(1, size + 1)}, attrs=attrs)
         return Fit(self.model, self.guide, history, statistics, seed=self.seed)
+
+
+def _check_numbers(least: int = 0, **numbers: int) -> None:
+    for name, number in numbers.items():
+        if not isinstance(number, int | np.integer) or number < least:
+            raise ValueError(f"{name}: needed an integer of at least {least}, got {number!r}")
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 import xarray as xr
@@ -34,9 +35,9 @@ def tree(
     """
     values = np.stack(list(embeddings.values()), 1)[None]
     dims = ("chain", "draw", "recording", "embedding_dim")
-    coords = {"chain": [0], "draw": np.arange(values.shape[1]), "recording": list(embeddings)}
+    coords: dict[str, Any] = {"chain": [0], "draw": np.arange(values.shape[1]), "recording": list(embeddings)}
     coords["embedding_dim"] = np.arange(values.shape[-1])
-    groups = {group: xr.Dataset({"embedding": (dims, values)}, coords)}
+    groups: dict[str, Any] = {group: xr.Dataset({"embedding": (dims, values)}, coords)}
     if history is not None:
         groups["sample_stats"] = history
     for name, parts in children.items():
@@ -73,7 +74,7 @@ def recording_groups(
             dims = ("trial",) if group == "log_likelihood" else DIMS[name]
             data[name] = (("chain", "draw", *dims), values[None])
         used = {d for dims, _ in data.values() for d in dims}
-        group_coords = {k: v for k, v in coords.items() if k in used}
+        group_coords: dict[str, Any] = {k: v for k, v in coords.items() if k in used}
         draws = next(iter(variables.values())).shape[0]
         group_coords |= {"chain": [0], "draw": np.arange(draws)}
         if "latents" in variables:
@@ -101,10 +102,10 @@ def _window(values: np.ndarray, rows: np.ndarray, bins: np.ndarray) -> np.ndarra
 
 
 def _constant_data(recording, rows, bins, coords, truth) -> xr.Dataset:
-    data = {"mask": (DIMS["observations"], _window(recording.mask, rows, bins))}
+    data: dict[str, Any] = {"mask": (DIMS["observations"], _window(recording.mask, rows, bins))}
     data["length"] = (("trial",), recording.lengths[rows])
     data["held_out"] = (("neuron",), recording.held_out_neurons)
-    extra = {}
+    extra: dict[str, Any] = {}
     if recording.condition is not None:
         data["condition"] = (("trial",), np.asarray(recording.condition)[rows])
     if recording.behavior is not None:
@@ -145,5 +146,5 @@ def to_arviz(tree: xr.DataTree, recording: str | None = None):
         groups = {name: node.to_dataset() for name, node in tree.children.items() if not node.children}
     if hasattr(arviz, "InferenceData"):
         groups.pop("sample_stats", None)  # the fit's history has no chain and draw, which 0.x insists on
-        return arviz.InferenceData(**groups)
+        return arviz.InferenceData(**groups)  # type: ignore[arg-type]
     return xr.DataTree.from_dict(groups)

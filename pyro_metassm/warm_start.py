@@ -182,10 +182,11 @@ class DynamicsFirst(nn.Module):
         model, guide = self.parts
         own = {id(p) for part in (model.read_out, model.observation) for p in part.parameters()}
         networks = [p for p in model.parameters() if id(p) not in own] + list(guide.encode_embedding.parameters())
-        groups = [{"params": networks, "lr": 3e-3}, {"params": [self.frame, self.offset], "lr": 1e-2}]
+        parts, rates = (networks, [self.frame, self.offset]), [3e-3, 1e-2]
+        groups = [{"params": part, "lr": rate} for part, rate in zip(parts, rates, strict=True)]
         optimizer = torch.optim.Adam(groups)
         schedule = torch.optim.lr_scheduler.OneCycleLR(
-            optimizer, [g["lr"] for g in groups], total_steps=max(num_steps, 1), pct_start=0.1, div_factor=10.0
+            optimizer, rates, total_steps=max(num_steps, 1), pct_start=0.1, div_factor=10.0
         ) if num_steps > 1 else None
         for step in range(num_steps):
             share = min(1.0, 2 * step / max(num_steps, 1))
@@ -193,7 +194,7 @@ class DynamicsFirst(nn.Module):
             loss = self.loss(max(length, 1), rng)
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
-            nn.utils.clip_grad_norm_([p for g in groups for p in g["params"]], 1.0)
+            nn.utils.clip_grad_norm_([p for part in parts for p in part], 1.0)
             optimizer.step()
             if schedule is not None:
                 schedule.step()

@@ -162,7 +162,8 @@ def test_markov_path_shapes(batch, sample_shape):
     assert z.shape == (*sample_shape, *batch, T, D)
     assert path.log_prob(z).shape == (*sample_shape, *batch)
     # Draws are independent over the batch, not copies of one.
-    assert len(torch.unique(z[..., -1, 0])) == math.prod((*sample_shape, *batch))
+    for t in (0, -1):
+        assert len(torch.unique(z[..., t, 0])) == math.prod((*sample_shape, *batch))
     # One path under a batch of chains broadcasts, as with every distribution.
     one = torch.randn(T, D, dtype=torch.float64)
     torch.testing.assert_close(path.log_prob(one), chain().log_prob(one).expand(batch))
@@ -172,7 +173,9 @@ def test_markov_path_batches_come_from_initial_mask_or_expand():
     mask = torch.ones(4, 3, T, dtype=torch.bool)
     assert chain(mask=mask).batch_shape == (4, 3)
     assert chain(mask=mask[0], batch=(4, 1)).batch_shape == (4, 3)
-    assert chain(mask=mask[0], batch=(4, 1)).rsample().shape == (4, 3, T, D)
+    for path in (chain(mask=mask), chain(mask=mask[0], batch=(4, 1))):
+        z = path.rsample()
+        assert z.shape == (4, 3, T, D) and len(torch.unique(z[..., 0, 0])) == len(torch.unique(z[..., -1, 0])) == 12
     expanded = chain(mask=mask).expand((2, 4, 3))
     assert expanded.batch_shape == (2, 4, 3) and expanded.log_prob(expanded.rsample()).shape == (2, 4, 3)
     one = torch.randn(T, D, dtype=torch.float64)

@@ -20,7 +20,7 @@ STEPS = (1, 10, 30, 50)
 SHOWN = 8  # held-out trials of each recording whose draws are written
 
 
-def run(out: str | Path, *, seed: int = 0, num_steps: int = 400, num_trials: int = 128, progress: bool = True) -> dict:
+def run(out: str | Path, *, seed: int = 0, num_steps: int = 300, num_trials: int = 128, progress: bool = True) -> dict:
     """Simulate, fit, forecast held-out trials, write results and pictures.
 
     The sign of a velocity is not in the data: mirroring the latents and the read-out leaves every observation as it was.

@@ -15,7 +15,7 @@ from pyro_metassm.posterior import forecast, posterior
 from pyro_metassm.recordings import Recordings
 from pyro_metassm.training import fit
 
-MODES = {"gaussian": likelihoods.Gaussian, "poisson": likelihoods.Poisson, "negative-binomial": likelihoods.NegativeBinomial}
+FAMILIES: dict[str, type[likelihoods.Likelihood]] = {"gaussian": likelihoods.Gaussian, "poisson": likelihoods.Poisson, "negative-binomial": likelihoods.NegativeBinomial}
 
 
 def run(
@@ -65,7 +65,7 @@ def run(
         recs = Recordings([io.read(path) for path in files])
         recs.summary()  # warns of what will hurt
         train, test = recs.split(test_fraction=test_fraction, seed=seed)
-    family = MODES[likelihood] if likelihood else _family(recs)
+    family = FAMILIES[likelihood] if likelihood else _family(recs)
     with report.timed(seconds, "fit"):
         model = MetaSSM(recs, latent_dim=latent_dim, embedding_dim=embedding_dim, rank=rank, likelihood=family)
         result = fit(
@@ -98,7 +98,7 @@ def _family(recs: Recordings) -> type[likelihoods.Likelihood]:
 
 
 def _scores(result, train, test, family, context, horizon, num_samples, seed) -> dict:
-    numbers = {"reconstruction_r2": report.by_recording(metrics.reconstruction_r2(result, test, num_samples=num_samples, seed=seed))}
+    numbers: dict = {"reconstruction_r2": report.by_recording(metrics.reconstruction_r2(result, test, num_samples=num_samples, seed=seed))}
     curve = metrics.forecast_r2(result, test, context=context, horizon=horizon, num_samples=num_samples, seed=seed)
     steps = [k for k in (1, 2, 5, 10, 20, 30, 50) if k <= horizon]
     numbers["forecast_r2"] = {str(k): report.by_recording(curve.sel(horizon_step=k)) for k in steps}
