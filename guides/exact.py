@@ -37,8 +37,13 @@ class GaussianPath(TorchDistribution):
     support = constraints.independent(constraints.real, 2)
     has_rsample = True
 
-    def __init__(self, diagonal: Tensor, below: Tensor, information: Tensor, mask: Tensor, validate_args=None):
-        self.lower, self.cross = [cholesky(diagonal[..., 0, :, :])], []  # blocks of L: its diagonal, and below it
+    def __init__(
+        self, diagonal: Tensor, below: Tensor, information: Tensor, mask: Tensor, validate_args=None
+    ):
+        self.lower, self.cross = (
+            [cholesky(diagonal[..., 0, :, :])],
+            [],
+        )  # blocks of L: its diagonal, and below it
         white = [_solve(self.lower[0], information[..., 0, :])]
         for t in range(1, diagonal.shape[-3]):
             cross = solve_triangular(self.lower[-1], below[..., t - 1, :, :].mT, upper=False).mT
@@ -112,7 +117,7 @@ class ExactSmoother(nn.Module):
         super().__init__()
         if not isinstance(model, LinearGaussian):
             raise ValueError(
-                f"ExactSmoother: needed a LinearGaussian, got {type(model).__name__}; use another guide, such as guides.DKF"
+                f"ExactSmoother: needed a LinearGaussian, got {type(model).__name__}; use guides.DKF"
             )
         self._model = (model,)  # in a tuple: the guide does not own the model's parameters
         self.config: dict = {}
@@ -143,7 +148,9 @@ class ExactSmoother(nn.Module):
         seen = (batch.mask & batch.held_in[:, None, None, :]) / y.stddev**2  # (R, K, T, N)
 
         own = torch.cat([torch.where(exists[..., :1, :], first, 1.0), torch.where(linked, q, 1.0)], -2)
-        start = torch.cat([(first * model.initial.loc).expand_as(own[..., :1, :]), (q * b).expand_as(own[..., 1:, :])], -2)
+        start = torch.cat(
+            [(first * model.initial.loc).expand_as(own[..., :1, :]), (q * b).expand_as(own[..., 1:, :])], -2
+        )
         diagonal = torch.einsum("rktn,rnd,rne->rktde", seen, c, c) + own.diag_embed()
         diagonal = diagonal + leads.unsqueeze(-1) * ((a.mT * q) @ a)
         below = linked.unsqueeze(-1) * (-q.unsqueeze(-1) * a)

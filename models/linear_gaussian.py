@@ -40,7 +40,12 @@ class LinearGaussian(MetaSSM):
 
     def __init__(self, recordings: Recordings | NeuronTable, *, latent_dim: int, embedding_dim: int = 1):
         super().__init__(
-            recordings, latent_dim=latent_dim, embedding_dim=embedding_dim, rank=0, hidden_dim=1, likelihood=Gaussian
+            recordings,
+            latent_dim=latent_dim,
+            embedding_dim=embedding_dim,
+            rank=0,
+            hidden_dim=1,
+            likelihood=Gaussian,
         )
         self.config = {"latent_dim": latent_dim, "embedding_dim": embedding_dim}
         self.dynamics: nn.Module = nn.Linear(latent_dim, latent_dim)

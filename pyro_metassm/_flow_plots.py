@@ -25,8 +25,8 @@ Limits = tuple[tuple[float, float], tuple[float, float]]
 class AffineMap:
     """Between learned and true latents, which agree up to an affine map at best.
 
-    ``truth = latents @ matrix + offset``, and back ``latents = truth @ back_matrix + back_offset``; ``r2`` says how well
-    the true latents are met.
+    ``truth = latents @ matrix + offset``, and back ``latents = truth @ back_matrix + back_offset``; ``r2``
+    says how well the true latents are met.
     """
 
     matrix: np.ndarray
@@ -52,17 +52,18 @@ def align(tree: xr.DataTree, recording: str) -> AffineMap:
         recording: its name.
 
     Returns:
-        the map. With as many latents as true ones its back is the exact inverse, else a regression of its own.
+        the map. With as many latents as true ones its back is the exact inverse, else a regression of its
+        own.
 
     Raises:
         ValueError: a recording that the tree lacks, or one without true latents.
     """
     z, _ = _latents(tree, recording)
-    constant = tree[recording]["constant_data"].to_dataset()
+    constant = part(tree, recording, "constant_data")
     if "true_latents" not in constant:
         raise ValueError(
-            f"align: needed the true latents of recording {recording!r} in the tree, got none; they come with "
-            "pm.posterior of simulated recordings"
+            f"align: needed the true latents of recording {recording!r} in the tree, got none; they come "
+            "with pm.posterior of simulated recordings"
         )
     z, truth = (
         z.reshape(-1, z.shape[-1]),
@@ -93,7 +94,8 @@ def flow_field(
     speed_max: float | None = None,
     colorbar: bool = True,
 ) -> Axes:
-    """Stream lines of the learned dynamics of a recording, ``f_e(z) - z`` at the posterior mean of its embedding.
+    """Stream lines of the learned dynamics of a recording, ``f_e(z) - z`` at the posterior mean of its
+    embedding.
 
     Drawn only near states that the recording visits (without a tree: that the model's own paths visit).
 
@@ -103,7 +105,8 @@ def flow_field(
         ax: where to draw.
         lim: half the width of the plane around 0, or ``((x0, x1), (y0, y1))``; default the visited states.
         tree: of :func:`pyro_metassm.posterior`; gives the visited states, and the bin width for speeds per s.
-        align: draw in the true coordinates of a simulation: the map of :func:`align`, or True to make it from the tree.
+        align: draw in the true coordinates of a simulation: the map of :func:`align`, or True to make it from
+            the tree.
         plane: the two latents to draw (all others at their mean); not with ``align``.
         num_trials: posterior means of trials to draw on top, with a tree.
         speed_max: upper end of the colours, for pictures beside each other.
@@ -142,8 +145,8 @@ def flow_field(
     word, dims = ("latent", plane) if aligned is None else ("true latent", (0, 1))
     ax.set_xlabel(f"{word} {dims[0] + 1}")
     ax.set_ylabel(f"{word} {dims[1] + 1}")
-    fitted = "" if aligned is None else f" (map to the truth: $R^2$ = {aligned.r2:.2f})"
-    ax.set_title(f"{recording}: learned{fitted}", fontsize="medium")
+    fitted = "" if aligned is None else f"\nmapped to the truth, $R^2$ = {aligned.r2:.3f}"
+    ax.set_title(f"{recording}: learned{fitted}", fontsize="small")
     return ax
 
 
@@ -162,7 +165,8 @@ def true_flow_field(
         truth: ``recs.truth[name]`` of a simulation.
         ax: where to draw.
         lim: as for :func:`flow_field`.
-        bin_width: in s; the mean speed over a bin, which is what learned dynamics show. None: the speed at an instant.
+        bin_width: in s; the mean speed over a bin, which is what learned dynamics show. None: the speed at an
+            instant.
         speed_max, colorbar: as for :func:`flow_field`.
 
     Returns:
@@ -182,7 +186,7 @@ def true_flow_field(
     _draw(ax, derivative, truth["latents"].values, lim, bin_width or 1.0, False, speed_max, colorbar)
     ax.set_xlabel("true latent 1")
     ax.set_ylabel("true latent 2")
-    ax.set_title("true", fontsize="medium")
+    ax.set_title("true", fontsize="small")
     return ax
 
 
@@ -195,7 +199,8 @@ def flow_comparison(
     *,
     num_trials: int = 3,
 ) -> np.ndarray:
-    """The learned and the true flow of a simulated recording beside each other: same coordinates, limits and colours.
+    """The learned and the true flow of a simulated recording beside each other: same coordinates, limits and
+    colours.
 
     Args:
         fit: a fit that knows the recording.
@@ -217,26 +222,37 @@ def flow_comparison(
         axes = plt.subplots(1, 2, figsize=(9, 4), layout="constrained", sharex=True, sharey=True)[1]
     learned, true = axes
     known = align(tree, recording)
-    lim = _limits(None, truth["latents"].values)
     _, width = _latents(tree, recording)
-    points, near = _grid(lim, truth["latents"].values)
+    # The truth of the same trials: both pictures are drawn where these have been.
+    visited = part(tree, recording, "constant_data")["true_latents"].values
+    shown = xr.Dataset({"latents": (("trial", "time", "latent_dim"), visited)}, attrs=truth.attrs)
+    lim = _limits(None, visited)
+    points, near = _grid(lim, visited)
     speed = np.linalg.norm(_over_a_bin(flow(truth), width)(points[near]), axis=-1) / (width or 1.0)
-    shared = {"speed_max": float(np.quantile(speed, 0.95))}
-    flow_field(
-        fit, recording, learned, lim, tree=tree, align=known, num_trials=num_trials, colorbar=False, **shared
-    )
-    true_flow_field(truth, true, lim, bin_width=width, **shared)
+    top = float(np.quantile(speed, 0.95))
+    shared: dict[str, Any] = {"lim": lim, "speed_max": top, "colorbar": False}
+    flow_field(fit, recording, learned, tree=tree, align=known, num_trials=num_trials, **shared)
+    true_flow_field(shown, true, bin_width=width, **shared)
+    figures = {ax.figure for ax in (learned, true)}
+    _colorbar([learned, true] if len(figures) == 1 else true, top, "s", "max")
     return np.asarray([learned, true], object)
 
 
 def displacement(fit: Fit, recording: str, states: np.ndarray) -> np.ndarray:
-    """Mean displacement in one bin of states ``(..., latent_dim)`` at the posterior mean of the recording's embedding."""
+    """Mean displacement in a bin of states ``(..., latent_dim)``, at the recording's mean embedding."""
     row = fit.names.index(recording)
     z = torch.as_tensor(states.reshape(1, 1, -1, states.shape[-1]), dtype=fit.dtype, device=fit.device)
     with torch.no_grad():
         dynamics = fit.model.adapt_dynamics(_embedding(fit, row))
         change = fit.model.transition(z, dynamics).mean - z
     return change.cpu().numpy().reshape(states.shape)
+
+
+def part(tree: xr.DataTree, *names: str) -> xr.Dataset:
+    """The Dataset of a node."""
+    for name in names:
+        tree = tree.children[name]
+    return tree.to_dataset()
 
 
 def new_axes(ax: Any = None) -> Axes:
@@ -248,7 +264,7 @@ def new_axes(ax: Any = None) -> Axes:
     return plt.subplots(figsize=(5, 4), layout="constrained")[1]
 
 
-# ---- parts ----------------------------------------------------------------------------------------------------------
+# ---- parts -----------------------------------------------------------------------------------------------
 
 
 def _embedding(fit: Fit, row: int) -> torch.Tensor:
@@ -259,9 +275,11 @@ def _embedding(fit: Fit, row: int) -> torch.Tensor:
 def _map(align_: bool | AffineMap, tree: xr.DataTree | None, recording: str) -> AffineMap | None:
     if not isinstance(align_, bool):
         return align_
-    if align_ and tree is None:
+    if not align_:
+        return None
+    if tree is None:
         raise ValueError("flow_field: needed a tree of pm.posterior to align with, got none; pass tree=...")
-    return align(tree, recording) if align_ else None
+    return align(tree, recording)
 
 
 def _latents(tree: xr.DataTree, recording: str) -> tuple[np.ndarray, float | None]:
@@ -270,7 +288,7 @@ def _latents(tree: xr.DataTree, recording: str) -> tuple[np.ndarray, float | Non
         raise ValueError(
             f"needed recording {recording!r} in a tree of pm.posterior, got {list(tree.children)}"
         )
-    latents = tree[recording]["posterior"]["latents"].mean(("chain", "draw"))
+    latents = part(tree, recording, "posterior")["latents"].mean(("chain", "draw"))
     time = latents["time"].values
     z = latents.transpose("trial", "time", "latent_dim").values
     return z, float(time[1] - time[0]) if len(time) > 1 else None
@@ -336,39 +354,44 @@ def _grid(lim: Limits, visited: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return points, near
 
 
-def _draw(ax, derivative, visited, lim, per, per_bin: bool, speed_max, colorbar: bool) -> None:
-    """Stream lines where there are visited states; ``per`` turns displacements into speeds."""
-    from matplotlib.colors import Normalize
-
+def _draw(ax, derivative, visited, lim, per: float, per_bin: bool, speed_max, colorbar: bool) -> None:
+    """Stream lines near visited states, grey elsewhere; ``per`` turns displacements into speeds."""
     lim = _limits(lim, visited)
     points, near = _grid(lim, visited)
+    x, y = points[0, :, 0], points[:, 0, 1]
+    ax.pcolormesh(
+        x, y, np.where(near, np.nan, 1.0), cmap="Greys", vmin=0.0, vmax=6.0, rasterized=True, zorder=0
+    )
     change = derivative(points) / per
     change[~near] = np.nan
     u, v = np.ma.masked_invalid(change[..., 0]), np.ma.masked_invalid(change[..., 1])
     speed = np.ma.sqrt(u**2 + v**2)
-    ax.set_facecolor("0.93")
-    if near.any():
+    if speed.count():
         top = float(speed.max()) if speed_max is None else speed_max
-        stream = ax.streamplot(
-            points[0, :, 0],
-            points[:, 0, 1],
-            u,
-            v,
-            color=speed,
-            cmap="cividis_r",
-            norm=Normalize(0.0, top or 1.0),
-            density=1.2,
-            linewidth=1.3,
-            arrowsize=1.0,
+        cmap, norm = _scale(top)
+        ax.streamplot(
+            x, y, u, v, color=speed, cmap=cmap, norm=norm, density=1.2, linewidth=1.2, arrowsize=0.8, zorder=2
         )
         if colorbar:
-            unit = "bin" if per_bin else "s"
-            ax.figure.colorbar(
-                stream.lines,
-                ax=ax,
-                label=f"speed (per {unit})",
-                extend="neither" if speed_max is None else "max",
-            )
+            _colorbar(ax, top, "bin" if per_bin else "s", "neither" if speed_max is None else "max")
     ax.set_xlim(*lim[0])
     ax.set_ylim(*lim[1])
     ax.set_aspect("equal")
+
+
+def _scale(top: float) -> tuple[Any, Any]:
+    """Colours of speeds from 0 to ``top``, none of them too light for white paper."""
+    from matplotlib import colormaps
+    from matplotlib.colors import ListedColormap, Normalize
+
+    return ListedColormap(colormaps["cividis_r"](np.linspace(0.2, 1.0, 256))), Normalize(0.0, top or 1.0)
+
+
+def _colorbar(ax: Any, top: float, unit: str, extend: str) -> None:
+    from matplotlib.cm import ScalarMappable
+
+    cmap, norm = _scale(top)
+    figure = (ax[0] if isinstance(ax, list) else ax).figure
+    figure.colorbar(
+        ScalarMappable(norm, cmap), ax=ax, label=f"speed (per {unit})", extend=extend, aspect=30, pad=0.02
+    )

@@ -262,8 +262,12 @@ def _ridge(x: np.ndarray, y: np.ndarray, alphas: Sequence[float]) -> list[Callab
     mean_x, mean_y = x.mean(0), y.mean(0)
     values, vectors = np.linalg.eigh((x - mean_x).T @ (x - mean_x))
     projected = vectors.T @ ((x - mean_x).T @ (y - mean_y))
-    weights = [vectors @ (projected / (values.clip(min=0) + alpha)[:, None]) for alpha in alphas]
-    return [lambda new, w=weight: (new - mean_x) @ w + mean_y for weight in weights]
+
+    def minimiser(alpha: float) -> Callable[[np.ndarray], np.ndarray]:
+        weights = vectors @ (projected / (values.clip(min=0) + alpha)[:, None])
+        return lambda new: (new - mean_x) @ weights + mean_y
+
+    return [minimiser(alpha) for alpha in alphas]
 
 
 def _smooth(values: np.ndarray, sd: float) -> np.ndarray:

@@ -42,7 +42,7 @@ def _parser() -> argparse.ArgumentParser:
     fit.add_argument("--trials-per-step", type=int, default=32)
     fit.add_argument("--learning-rate", type=float, default=1e-2)
     fit.add_argument("--test-fraction", type=float, default=0.25)
-    fit.add_argument("--context", type=int, help="bins given to forecasts (default: half of the shortest trial)")
+    fit.add_argument("--context", type=int, help="bins given to forecasts (default: half of the usual trial)")
     fit.add_argument("--num-samples", type=int, default=25, help="posterior draws written")
     fit.add_argument("--save-trials", type=int, default=16, help="held-out trials of each recording written")
     fit.add_argument("--seed", type=int, default=0)

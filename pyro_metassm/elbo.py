@@ -114,6 +114,7 @@ def check_sites(model_trace: poutine.Trace, guide_trace: poutine.Trace) -> None:
         p, q = (tuple(trace.nodes[name]["fn"].batch_shape) for trace in (model_trace, guide_trace))
         if p != q:  # its KL would be counted as often as the larger of the two
             raise ValueError(
-                f"latent site {name!r}: needed one batch shape in model and guide, got {p} and {q}; sample it inside the "
-                "same plates in both (the model calls embedding_prior inside the recording plate, the guide embedding_posterior)"
+                f"latent site {name!r}: needed one batch shape in model and guide, got {p} and {q}; sample it "
+                "inside the same plates in both (inside the recording plate are the model's embedding_prior and the "
+                "guide's embedding_posterior)"
             )

@@ -322,7 +322,9 @@ def _behavior(recording: Recording, dims: Sequence[int | str] | None) -> np.ndar
         raise ValueError("needed behaviour to decode, got none; make it with pm.Recording(..., behavior=...)")
     names = [str(name) for name in recording.attrs.get("behavior_names", [])]
     size = recording.behavior.shape[-1]
-    chosen = list(range(size)) if dims is None else [names.index(d) if d in names else d for d in dims]
+    chosen: list[Any] = (
+        list(range(size)) if dims is None else [names.index(d) if d in names else d for d in dims]
+    )
     if not chosen or not all(isinstance(d, int) and 0 <= d < size for d in chosen):
         raise ValueError(
             f"needed dims of the behaviour as positions below {size} or names of {names}, got {dims}"

@@ -58,18 +58,18 @@ class NeuronTable(nn.Module):
         return cls(list(recordings), [recording.num_neurons for recording in recordings.values()])
 
     def check(self, names: Sequence[str], num_neurons: Sequence[int]) -> None:
-        """Raise ``ValueError`` for a recording that the table lacks, or whose number of neurons is another one there."""
+        """Raise ``ValueError`` for a recording that the table lacks, or that has another number of neurons there."""
         for name, count in zip(names, num_neurons, strict=True):
             if name not in self.names:
                 raise ValueError(
-                    f"recording {name!r}: needed a recording that the model or fit knows, got another one; use pm.adapt "
-                    "to add recordings to a fit, or make the model with it"
+                    f"recording {name!r}: needed a recording that the model or fit knows, got another one; "
+                    "use pm.adapt to add recordings to a fit, or make the model with it"
                 )
             known = self.num_neurons[self.names.index(name)]
             if count != known:
                 raise ValueError(
-                    f"recording {name!r}: needed its {known} neurons, as the model knows it, got {count}; names identify "
-                    "recordings: rename another session, then use pm.adapt or make the model with it"
+                    f"recording {name!r}: needed its {known} neurons, as the model knows it, got {count}; names "
+                    "identify recordings: rename another session, then use pm.adapt or make the model with it"
                 )
 
     @property
@@ -128,12 +128,12 @@ class ReadOut(nn.Module):
 
 
 class ReadIn(nn.Module):
-    """Linear read-in of every recording, ``ybar = mean_n ((s(y_n) - m_n) / c_i) W_n + b_i`` over the neurons seen (eq. 14).
+    """Linear read-in, ``ybar = sqrt(N_i) mean_n ((s(y_n) - m_n) / c_i) W_n + b_i`` over the neurons seen (eq. 14).
 
     ``s`` is the square root for counts (it evens out their noise) and the identity otherwise; ``m_i`` are the means of
     the neurons and ``c_i`` the scale of the recording, both set once by :meth:`start`. Missing bins and held-out neurons
-    contribute nothing. A mean, not a sum: a few missing neurons do not shrink it, and a step of the optimiser moves the
-    common space by as much with a thousand neurons as with ten.
+    contribute nothing; a mean over those seen does not shrink when a few are missing. The root of the number of neurons
+    keeps weights of order one, so that the same learning rate suits ten neurons and a thousand.
 
     Args:
         neurons: the table of all neurons.
@@ -150,8 +150,7 @@ class ReadIn(nn.Module):
     def __init__(self, neurons: NeuronTable, out_dim: int):
         super().__init__()
         self.neurons = neurons
-        sizes = torch.tensor(neurons.num_neurons)
-        self.weight = nn.Parameter(torch.randn(neurons.total, out_dim) * sizes.repeat_interleave(sizes)[:, None] ** 0.5)
+        self.weight = nn.Parameter(torch.randn(neurons.total, out_dim))
         self.bias = nn.Parameter(torch.zeros(len(neurons.names), out_dim))
         self.register_buffer("center", torch.zeros(neurons.total))
         self.register_buffer("scale", torch.ones(len(neurons.names)))
@@ -185,6 +184,7 @@ class ReadIn(nn.Module):
     def forward(self, observations: Tensor, seen: Tensor, recording: Tensor, held_in: Tensor) -> tuple[Tensor, Tensor]:
         weight = self.neurons.gather(self.weight, recording, observations.shape[-1])
         count = seen.sum(-1, keepdim=True).to(weight.dtype)
-        share = count / held_in.sum(-1).clamp(min=1)[:, None, None, None]
-        ybar = linear_by_recording(self.features(observations, seen, recording), weight) / count.clamp(min=1)
+        known = held_in.sum(-1).clamp(min=1)[:, None, None, None].to(weight.dtype)
+        share = count / known
+        ybar = linear_by_recording(self.features(observations, seen, recording), weight) * known.sqrt() / count.clamp(min=1)
         return (ybar + self.bias[recording][:, None, None, :]) * (share > 0), share

@@ -46,7 +46,8 @@ def posterior(
 ) -> xr.DataTree:
     """Draws of the embeddings, latents and rates of recordings that the fit knows.
 
-    The embedding of a recording comes from the trials that it was trained on; the latents from the trials given.
+    The embedding of a recording comes from the trials that it was trained on (from the trials given, if the model knows
+    the recording and the fit has not seen it); the latents come from the trials given.
 
     Args:
         fit: a fit that knows the recordings.
@@ -120,7 +121,7 @@ def forecast(
 
     The guide sees the first ``context`` bins; from its draw of the last state there, the model's transition is run for
     ``horizon`` bins. Nothing at or after bin ``context`` of a trial reaches its forecast. The embedding comes from the
-    trials that the fit was trained on.
+    trials that the fit was trained on; for a recording that it was not trained on, from the context bins.
 
     Args:
         fit: a fit that knows the recordings.
@@ -186,7 +187,7 @@ def prior_predictive(model: MetaSSM, recs: Recordings, *, num_samples: int = 100
         rates, drawn = (np.full((*shape, recording.num_neurons), np.nan, np.float32) for _ in range(2))
         embedding = np.empty((num_samples, model.embedding_dim), np.float32)
         batch = recs.batch(model.names, names=[name], dtype=parameter.dtype, device=parameter.device)
-        bins = batch.time_mask[0].cpu().numpy()[..., None]  # the longest trial may be shorter than the recording's arrays
+        bins = batch.time_mask[0].cpu().numpy()[..., None]  # maybe fewer than the recording's arrays have
         size = max(1, ELEMENTS // (batch.observations.numel() + NETWORK_WIDTH * batch.time_mask.numel()))
         with _seeded(seed, name, parameter.device), torch.no_grad():
             for first in range(0, num_samples, size):
@@ -226,7 +227,9 @@ def posterior_chunks(
                 batch = recs.batch(
                     fit.names, names=[name], trials={name: trials}, dtype=fit.dtype, device=fit.device
                 )
-                batch = dataclasses.replace(batch, embedding_statistics=fit.statistics[batch.recording])
+                statistics = fit.statistics[batch.recording]
+                if bool(statistics.isfinite().all()):  # else the fit has not seen it: from the trials at hand
+                    batch = dataclasses.replace(batch, embedding_statistics=statistics)
                 batch = batch if context is None else batch.first_bins(context)
                 # One embedding a draw for all trials: the first chunk draws it, the others are given it.
                 known: dict[str, Tensor] = {} if embedding is None else {"embedding": embedding}

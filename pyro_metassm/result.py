@@ -76,7 +76,7 @@ def embedding_statistics(model, guide, recs: Recordings) -> Tensor:
     """The guide's statistics of every recording's embedding from all its trials, ``(len(model.names), ...)``.
 
     They are means over trials, so that chunks of trials are averaged exactly. Recordings of the model that ``recs``
-    does not hold get zeros for the mean and ones for the variance: the prior.
+    does not hold get NaN: their embedding is then inferred from whatever trials are looked at.
     """
     parameter = next(guide.parameters())
     rows: dict[str, Tensor] = {}
@@ -91,6 +91,5 @@ def embedding_statistics(model, guide, recs: Recordings) -> Tensor:
             total = total + guide.embedding_statistics(frame, share, batch)[0] * with_data
             weight += with_data
         rows[name] = total / max(weight, 1)
-    size = 2 * model.embedding_dim
-    unknown = torch.cat([parameter.new_zeros(size // 2), parameter.new_ones(size // 2)]).detach()
+    unknown = parameter.new_full((2 * model.embedding_dim,), torch.nan)
     return torch.stack([rows.get(name, unknown) for name in model.names])

@@ -1,7 +1,8 @@
-"""Fits as files: a folder with `fit.safetensors` (numbers) and `fit.json` (how to rebuild the classes). No pickle.
+"""Fits as files: a folder with `fit.safetensors` (numbers) and `fit.json` (how to rebuild the classes). No
+pickle.
 
-What is read is data, never code: classes are looked up by name in this library and among those that the caller
-passes, nothing named in a file is imported, and no more is allocated than the file itself holds.
+What is read is data, never code: classes are looked up by name in this library and among those that the
+caller passes, nothing named in a file is imported, and no more is allocated than the file itself holds.
 """
 
 from __future__ import annotations
@@ -36,21 +37,26 @@ LARGEST_HEADER = 64 * 2**20  # bytes
 SPARE = (
     2**24
 )  # numbers that constructors may make beyond those in the file: temporaries, tables that are not saved
+DTYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
+    "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
+}  # fmt: skip
 PLAIN = "None, booleans, numbers, text, classes, and lists, tuples and dicts of these"
 
 
 def save(fit: Fit, path: str | os.PathLike[str]) -> None:
     """Write a fit into a folder, as :func:`load` reads it.
 
-    The files are written beside the old ones and then renamed, `fit.json` last; other files of the folder stay.
+    The files are written beside the old ones and then renamed, `fit.json` last; other files of the folder
+    stay.
 
     Args:
         fit: the fit. ``model.config`` and ``guide.config`` hold the arguments of their constructors.
         path: the folder, which is made if it is not there.
 
     Raises:
-        ValueError: a model or guide that cannot be rebuilt from its ``config`` (nothing is written), or ``attrs`` of
-            other than plain values.
+        ValueError: a model or guide that cannot be rebuilt from its ``config`` (nothing is written), or
+            ``attrs`` of other than plain values.
 
     Example:
         >>> import tempfile
@@ -69,26 +75,18 @@ def save(fit: Fit, path: str | os.PathLike[str]) -> None:
     tensors = {f"model.{key}": value for key, value in fit.model.state_dict().items()}
     tensors |= {f"guide.{key}": value for key, value in fit.guide.state_dict().items()}
     # Built anew once, so that a fit that could not be loaded is noticed while it is still there.
-    model, guide = _build(
-        neurons.names,
-        neurons.num_neurons,
-        (type(fit.model), fit.model.config),
-        (type(fit.guide), fit.guide.config),
-    )
-    _match(
-        {key: (tuple(value.shape), value.dtype) for key, value in tensors.items()}, model, guide, fit.dtype
-    )
+    of_modules = {key: (tuple(value.shape), value.dtype) for key, value in tensors.items()}
+    specifications = [(type(module), module.config) for module in (fit.model, fit.guide)]
+    _match(of_modules, *_build(neurons.names, neurons.num_neurons, specifications), fit.dtype)
     tensors["statistics"] = fit.statistics
     variables = {}
     for name, variable in fit.history.variables.items():
+        where = f"history[{name!r}]"
         if variable.dtype.kind not in "fiub":
-            raise ValueError(
-                f"history[{name!r}]: needed numbers to save, got {variable.dtype}; drop it first"
-            )
+            raise ValueError(f"{where}: needed numbers to save, got {variable.dtype}; drop it first")
         tensors[f"history.{name}"] = torch.from_numpy(np.array(variable.values))
-        is_coord = name in fit.history.coords
-        of_variable = _encode(variable.attrs, f"history[{name!r}].attrs")
-        variables[str(name)] = {"dims": list(variable.dims), "coordinate": is_coord, "attrs": of_variable}
+        entry = {"dims": list(variable.dims), "coordinate": name in fit.history.coords}
+        variables[str(name)] = entry | {"attrs": _encode(variable.attrs, where)}
     header = {
         "format": FORMAT,
         "versions": _versions(),
@@ -106,9 +104,7 @@ def save(fit: Fit, path: str | os.PathLike[str]) -> None:
     parts = [folder / f"{name}.part" for name in (TENSORS, HEADER)]
     try:
         # Copies: tensors that share memory are saved each on its own.
-        save_file(
-            {key: value.detach().cpu().clone().contiguous() for key, value in tensors.items()}, parts[0]
-        )
+        save_file({k: v.detach().cpu().clone().contiguous() for k, v in tensors.items()}, parts[0])
         header["sha256"] = _digest(parts[0])
         parts[1].write_text(json.dumps(header, indent=1, allow_nan=False), encoding="utf-8")
         for part in parts:
@@ -128,8 +124,9 @@ def load(
 
     Args:
         path: the folder.
-        custom: your own classes that the fit is made of (model, guide, likelihood, encoder); those of the library are
-            known. They are found by name, so an edited class of the same name takes the place of the old one.
+        custom: your own classes that the fit is made of (model, guide, likelihood, encoder); those of the
+            library are known. They are found by name, so an edited class of the same name takes the place of
+            the old one.
         device: where to; "auto" takes a GPU where there is one.
 
     Returns:
@@ -137,15 +134,14 @@ def load(
 
     Raises:
         FileNotFoundError: no fit there.
-        ValueError: naming the folder: files that are damaged, of another save, of a newer version of the format, or
-            that claim sizes which they do not hold; a class that is neither the library's nor in ``custom``.
+        ValueError: naming the folder: files that are damaged, of another save, of a newer version of the
+            format, or that claim sizes which they do not hold; a class that is neither the library's nor in
+            ``custom``.
     """
     folder = Path(path)
     for name in (HEADER, TENSORS):
         if not (folder / name).is_file():
-            raise FileNotFoundError(
-                f"{folder / name}: no such file; needed a folder written by fit.save(...)"
-            )
+            raise FileNotFoundError(f"{folder / name}: no such file; needed a folder that fit.save wrote")
     chosen = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
     try:
         return _load(folder, _custom(custom), chosen)
@@ -165,9 +161,7 @@ def _load(folder: Path, custom: Mapping[str, type], device: torch.device) -> Fit
             f"{header.get('versions')}; update pyro-metassm"
         )
     if _get(header, "sha256", str) != _digest(folder / TENSORS):
-        raise ValueError(
-            f"{TENSORS} is damaged, or of another save than {HEADER}; copy the whole folder again"
-        )
+        raise ValueError(f"{TENSORS} is damaged, or of another save than {HEADER}; copy the folder again")
     names = [checks.name_of(name) for name in _get(header, "names", list)]
     num_neurons = _get(header, "num_neurons", list)
     if len(set(names)) < len(names) or not all(type(count) is int and count > 0 for count in num_neurons):
@@ -181,15 +175,14 @@ def _load(folder: Path, custom: Mapping[str, type], device: torch.device) -> Fit
         slices = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118 - not a dict
         claimed = {key: (tuple(s.get_shape()), DTYPES.get(s.get_dtype())) for key, s in slices.items()}
         budget = SPARE + 8 * sum(math.prod(shape) for shape, _ in claimed.values())
-        model, guide = _build(names, num_neurons, *specifications, budget)
+        model, guide = _build(names, num_neurons, specifications, budget)
         dtype = getattr(torch, _get(header, "dtype", str), None)
         if dtype not in (torch.float32, torch.float64):
             raise ValueError(f"{HEADER}: needed dtype float32 or float64, got {header['dtype']!r}")
         of_modules = {k: v for k, v in claimed.items() if k.startswith(("model.", "guide."))}
         _match(of_modules, model, guide, dtype)
-        if claimed.get("statistics", (None, None))[1] != dtype or claimed["statistics"][0][:1] != (
-            len(names),
-        ):
+        shape, its_dtype = claimed.get("statistics", ((), None))
+        if its_dtype != dtype or shape[:1] != (len(names),):
             raise ValueError(f"{TENSORS}: needed statistics ({len(names)}, ...) of {dtype}, got others")
         for prefix, module in (("model.", model), ("guide.", guide)):
             module.to(device)
@@ -211,15 +204,15 @@ def _history(entry: dict, file: Any, custom: Mapping[str, type]) -> xr.Dataset:
     return xr.Dataset(*parts, attrs=_decode(_get(entry, "attrs", dict), custom))
 
 
-# ---- building -------------------------------------------------------------------------------------------------------
+# ---- building --------------------------------------------------------------------------------------------
 
 
-def _build(names, num_neurons, model, guide, budget: int | None = None) -> tuple[nn.Module, nn.Module]:
+def _build(names, num_neurons, specifications, budget: int | None = None) -> tuple[Any, Any]:
     """Model and guide anew from their classes and configurations; the random state is left as it was."""
     with torch.random.fork_rng(devices=[]), _Budget(budget):
         neurons = NeuronTable(names, num_neurons)
-        built = _construct(model, neurons)
-        return built, _construct(guide, built)
+        model = _construct(specifications[0], neurons)
+        return model, _construct(specifications[1], model)
 
 
 def _construct(specification: tuple[type, dict], first: Any) -> nn.Module:
@@ -233,8 +226,8 @@ def _construct(specification: tuple[type, dict], first: Any) -> nn.Module:
         return cls(first, **arguments)
     except Exception as error:
         raise ValueError(
-            f"{cls.__name__} cannot be built from its configuration {arguments}: {error}; its constructor takes a table "
-            "of neurons (or the model) first, and self.config holds its other arguments"
+            f"{cls.__name__} cannot be built from its configuration {arguments}: {error}; its constructor takes "
+            "a table of neurons (or the model) first, and self.config holds its other arguments"
         ) from error
 
 
@@ -245,17 +238,17 @@ def _parameters(cls: type) -> tuple[list[str], bool]:
     return named, any(p.kind is p.VAR_KEYWORD for p in parameters)
 
 
-def _check_config(what: str, module: nn.Module) -> None:
+def _check_config(what: str, module: Any) -> None:
     lacking = [name for name in _parameters(type(module))[0] if name not in module.config]
     if lacking:
         raise ValueError(
-            f"{what}.config: needed every argument of {type(module).__name__}'s constructor to build it again, got no "
-            f"{', '.join(lacking)}; add them in the constructor (self.config |= {{...}}), or now to fit.{what}.config"
+            f"{what}.config: needed every argument of {type(module).__name__}'s constructor to build it again, "
+            f"got no {', '.join(lacking)}; add them there (self.config |= {{...}}), or now to fit.{what}.config"
         )
 
 
 def _match(claimed: dict[str, tuple], model: nn.Module, guide: nn.Module, dtype: torch.dtype) -> None:
-    """Bring the modules to ``dtype`` if need be, and compare every tensor with what is claimed to be there."""
+    """Bring the modules to ``dtype`` if need be, and compare every tensor with what is said to be there."""
 
     def built() -> dict[str, tuple]:
         states = (("model", model.state_dict()), ("guide", guide.state_dict()))
@@ -269,7 +262,8 @@ def _match(claimed: dict[str, tuple], model: nn.Module, guide: nn.Module, dtype:
         key = min(wrong)
         raise ValueError(
             f"the tensors do not fit the configuration: {len(wrong)} of {len(expected)} differ; {key}: needed "
-            f"{expected.get(key, 'none')}, got {claimed.get(key, 'none')}; use the classes that the fit was made with"
+            f"{expected.get(key, 'none')}, got {claimed.get(key, 'none')}; use the classes of the fit, with their "
+            "arguments in self.config"
         )
 
 
@@ -302,7 +296,7 @@ def _numbers(func, args) -> tuple[float, bool]:
     return math.prod(abs(n) for n in sizes) ** (2 if "eye" in func.name() and len(sizes) == 1 else 1), True
 
 
-# ---- plain values ---------------------------------------------------------------------------------------------------
+# ---- plain values ----------------------------------------------------------------------------------------
 
 
 def _encode_class(cls: type) -> dict[str, str]:
@@ -389,17 +383,3 @@ def _versions() -> dict[str, str]:
         except importlib.metadata.PackageNotFoundError:  # run from a folder, not installed
             found[name] = "unknown"
     return found
-
-
-DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-}

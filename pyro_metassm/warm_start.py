@@ -256,8 +256,8 @@ def _write_read_in(guide, stage: DynamicsFirst, frames: list[Frame], batch: Batc
     for r, (name, frame) in enumerate(zip(batch.names, frames, strict=True)):
         rows, row = read_in.neurons.slice(name), int(batch.recording[r])
         read_in.weight[rows] = 0.0
-        # The read-in is a mean over neurons; projections so far were sums.
-        read_in.weight[rows, :dim] = frame.weight[: batch.num_neurons[r]] @ inverse[r] * batch.held_in[r].sum()
+        # The read-in divides by the root of the number of neurons; projections so far were plain sums.
+        read_in.weight[rows, :dim] = frame.weight[: batch.num_neurons[r]] @ inverse[r] * batch.held_in[r].sum().sqrt()
         read_in.bias[row] = 0.0
         read_in.bias[row, :dim] = (frame.bias - stage.offset[r]) @ inverse[r]
 

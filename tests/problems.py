@@ -10,7 +10,11 @@ import torch
 import pyro_metassm as pm
 from pyro_metassm.recordings import Batch, Recording, Recordings
 
-SHAPES = {"a": (3, (7, 4, 6)), "b": (5, (5, 9)), "c": (1, (5, 8, 8, 2))}  # name -> neurons, bins of each trial
+SHAPES = {
+    "a": (3, (7, 4, 6)),
+    "b": (5, (5, 9)),
+    "c": (1, (5, 8, 8, 2)),
+}  # name -> neurons, bins of each trial
 
 
 def recordings(counts: bool = False, seed: int = 0, missing: bool = True, shapes=None, **more) -> Recordings:
@@ -20,7 +24,9 @@ def recordings(counts: bool = False, seed: int = 0, missing: bool = True, shapes
     for name, (num_neurons, lengths) in (shapes or SHAPES).items():
         trials = []
         for k, length in enumerate(lengths):
-            y = (rng.poisson(2.0, (length, num_neurons)) if counts else rng.normal(size=(length, num_neurons))) * 1.0
+            y = (
+                rng.poisson(2.0, (length, num_neurons)) if counts else rng.normal(size=(length, num_neurons))
+            ) * 1.0
             if missing and length > 2:
                 y[length // 2] = np.nan  # a whole bin
                 y[-1, 0] = np.nan  # a neuron in the last bin (in c: the bin)

@@ -80,7 +80,9 @@ def cases():
         for guide in guides:
             for family in families:
                 if model == "MetaSSM" or guide == "DKF" or family == "Gaussian":
-                    yield pytest.param((model, guide, family), id=f"{model}-{guide}-{family}".replace(" ", "_"))
+                    yield pytest.param(
+                        (model, guide, family), id=f"{model}-{guide}-{family}".replace(" ", "_")
+                    )
 
 
 every = pytest.mark.parametrize("case", list(cases()))
@@ -175,8 +177,10 @@ def test_sites_and_shapes(case):
         for name, site in sites(trace).items():
             shape = latent.get(name, (2, 3, 9, 5))
             assert tuple(site["value"].shape) == shape and tuple(site["fn"].event_shape) == events[name]
-            assert tuple(site["fn"].batch_shape) == shape[: 2]
-            assert [f.name for f in site["cond_indep_stack"]] == ["recording", "trial"][: 1 if name == "embedding" else 2]
+            assert tuple(site["fn"].batch_shape) == shape[:2]
+            assert [f.name for f in site["cond_indep_stack"]] == ["recording", "trial"][
+                : 1 if name == "embedding" else 2
+            ]
             assert site["value"].dtype == DOUBLE
     with pyro.plate("draw", 4, dim=-3):
         q = poutine.trace(guide).get_trace(batch)
@@ -308,7 +312,9 @@ def test_held_out_neurons_are_scored_and_not_seen(case):
     model, guide = make(case, recs)
     batch = recs.batch(model.names, dtype=DOUBLE)
     held_out = torch.arange(3) == 1
-    moved = dataclasses.replace(batch, observations=torch.where(held_out, batch.observations + 2, batch.observations))
+    moved = dataclasses.replace(
+        batch, observations=torch.where(held_out, batch.observations + 2, batch.observations)
+    )
     e, z = values_for(batch)
     one, other = evaluate(model, guide, batch, e, z), evaluate(model, guide, moved, e, z)
     same(one, other, ["q(embedding)", "q(latents)", "kl_embedding", "kl_latents"])
@@ -329,8 +335,16 @@ def test_gradients_are_finite_under_missing_data(case):
     parameters = {**dict(model.named_parameters()), **{f"guide.{n}": p for n, p in guide.named_parameters()}}
     without = {name for name, p in parameters.items() if p.grad is None or not (p.grad != 0).any()}
     assert all(p.grad.isfinite().all() for p in parameters.values() if p.grad is not None)
-    trained = ["read_out.weight", "read_out.bias", "initial.loc", "initial.log_scale", "process_noise.log_scale"]
-    trained += [name for name in parameters if name.startswith(("observation.", "guide.")) and "trunk" not in name]
+    trained = [
+        "read_out.weight",
+        "read_out.bias",
+        "initial.loc",
+        "initial.log_scale",
+        "process_noise.log_scale",
+    ]
+    trained += [
+        name for name in parameters if name.startswith(("observation.", "guide.")) and "trunk" not in name
+    ]
     assert not without & set(trained)
     assert any(name.startswith("dynamics") for name in set(parameters) - without)
 
@@ -390,7 +404,9 @@ def test_copies_stay_together(case):
         for parameter in (*new_model.parameters(), *new_guide.parameters()):
             parameter.add_(0.3)
     same(expected, evaluate(model, guide, batch, *values))
-    assert not torch.equal(evaluate(new_model, new_guide, batch, *values)["by_recording"], expected["by_recording"])
+    assert not torch.equal(
+        evaluate(new_model, new_guide, batch, *values)["by_recording"], expected["by_recording"]
+    )
 
 
 @every
@@ -447,7 +463,10 @@ def test_rank_0_is_shared_dynamics():
     close(model.adapt_dynamics(e)(z), z + hidden @ w[2][0].mT + w[2][1])
     # With a rank the embedding does act.
     model, guide = make(("MetaSSM", "DKF", "Gaussian"), recs)
-    assert (evaluate(model, guide, batch, e, z)["p(latents)"] != evaluate(model, guide, batch, 2 * e, z)["p(latents)"]).any()
+    assert (
+        evaluate(model, guide, batch, e, z)["p(latents)"]
+        != evaluate(model, guide, batch, 2 * e, z)["p(latents)"]
+    ).any()
 
 
 @pytest.mark.parametrize("rank", [1, 3])
@@ -531,12 +550,17 @@ def test_read_in_is_its_equation(counts):
     with torch.no_grad():
         read_in.bias.normal_()
     batch = recs.select(["c", "a"]).batch(recs.names, dtype=DOUBLE)
-    ybar, share = read_in(batch.observations, batch.mask & batch.held_in[:, None, None], batch.recording, batch.held_in)
+    ybar, share = read_in(
+        batch.observations, batch.mask & batch.held_in[:, None, None], batch.recording, batch.held_in
+    )
     for r, name in enumerate(batch.names):
         recording, rows = recs[name], read_in.neurons.slice(name)
         y = np.sqrt(recording.observations) if counts else recording.observations
         centred = (y - np.nanmean(y, (0, 1))) / np.sqrt(np.nanvar(y, (0, 1)).mean())
-        weight, bias = read_in.weight[rows].detach().numpy(), read_in.bias[batch.recording[r]].detach().numpy()
+        weight, bias = (
+            read_in.weight[rows].detach().numpy(),
+            read_in.bias[batch.recording[r]].detach().numpy(),
+        )
         for k in range(recording.num_trials):
             for t in range(recording.num_bins):
                 seen = ~np.isnan(y[k, t])
@@ -560,11 +584,15 @@ def test_read_in_starts_once_and_with_neurons_never_seen():
     assert all(torch.equal(v, state[k]) for k, v in read_in.state_dict().items())
 
 
-@pytest.mark.parametrize("name, neurons, words", [("q", 3, "pm.adapt"), ("a", 4, "needed its 3 neurons"), ("a", 2, "got 2")])
+@pytest.mark.parametrize(
+    "name, neurons, words", [("q", 3, "pm.adapt"), ("a", 4, "needed its 3 neurons"), ("a", 2, "got 2")]
+)
 def test_recordings_that_the_model_does_not_know_are_refused(name, neurons, words):
     recs = recordings()
     model, guide = make(("MetaSSM", "DKF", "Gaussian"), recs)
-    other = Recordings([Recording(name, np.random.default_rng(0).normal(size=(2, 4, neurons)), bin_width=0.02)])
+    other = Recordings(
+        [Recording(name, np.random.default_rng(0).normal(size=(2, 4, neurons)), bin_width=0.02)]
+    )
     calls = (
         lambda: guide.read_in.start(other),
         lambda: guide(other.batch(model.names, dtype=DOUBLE)),
@@ -604,7 +632,10 @@ def test_set_encoder_is_its_equation():
     encoder = SetEncoder(LATENT, EMBEDDING, 6).double()
     frame, seen = torch.randn(1, 1, 5, LATENT, dtype=DOUBLE), torch.ones(1, 1, 5, 1, dtype=torch.bool)
     seen[..., 2, :] = False
-    features = [torch.cat([frame[0, 0, t], (frame[0, 0, t + 1] - frame[0, 0, t]) / encoder.step_scale]) for t in (0, 3)]
+    features = [
+        torch.cat([frame[0, 0, t], (frame[0, 0, t + 1] - frame[0, 0, t]) / encoder.step_scale])
+        for t in (0, 3)
+    ]
     hidden = torch.stack([encoder.net(x) for x in features]).mean(0)
     mean, log_variance = encoder.head(hidden).chunk(2)
     close(encoder(frame, seen)[0][0, 0], mean)
@@ -642,7 +673,9 @@ def test_detached_embedding_is_learned_from_the_dynamics_alone():
 
 
 @pytest.mark.parametrize("kind", [MetaSSM, LinearGaussian])
-@pytest.mark.parametrize("bad", [{"latent_dim": 0}, {"embedding_dim": 0}, {"latent_dim": 1.5}, {"embedding_dim": -1}])
+@pytest.mark.parametrize(
+    "bad", [{"latent_dim": 0}, {"embedding_dim": 0}, {"latent_dim": 1.5}, {"embedding_dim": -1}]
+)
 def test_sizes_are_checked(kind, bad):
     with pytest.raises(ValueError, match=f"{next(iter(bad))}: needed an integer >= 1"):
         kind(recordings(), **({"latent_dim": 2, "embedding_dim": 1} | bad))
@@ -660,7 +693,9 @@ def test_sizes_of_meta_ssm_are_checked(make_it, words):
         make_it(recordings())
 
 
-@pytest.mark.parametrize("bad", [{"rollout_probability": 1.0}, {"rollout_probability": -0.1}, {"read_in_dim": 1}])
+@pytest.mark.parametrize(
+    "bad", [{"rollout_probability": 1.0}, {"rollout_probability": -0.1}, {"read_in_dim": 1}]
+)
 def test_dkf_checks_its_arguments(bad):
     model = MetaSSM(recordings(), latent_dim=2, embedding_dim=1)
     with pytest.raises(ValueError, match=f"{next(iter(bad))}: needed"):
@@ -671,7 +706,10 @@ def test_roll_outs_are_for_training_only():
     recs = recordings()
     model, guide = make(("MetaSSM", "DKF", "Gaussian"), recs)
     batch = recs.batch(model.names, dtype=DOUBLE)
-    q = {mode: poutine.trace(guide.train(mode)).get_trace(batch).nodes["latents"]["fn"] for mode in (True, False)}
+    q = {
+        mode: poutine.trace(guide.train(mode)).get_trace(batch).nodes["latents"]["fn"]
+        for mode in (True, False)
+    }
     assert q[False].rollout is None
     rolled = q[True].rollout
     assert not rolled[..., 0].any() and 0 < rolled[..., 1:].double().mean() < 0.5

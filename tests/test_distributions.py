@@ -54,7 +54,7 @@ def dense(num_steps: int = T) -> tuple[np.ndarray, np.ndarray]:
 
 
 def check_moments(samples: np.ndarray, mean: np.ndarray, cov: np.ndarray) -> None:
-    """Sample moments of a Gaussian within standard errors: var(m_i) = C_ii / N, var(S_ij) = (C_ii C_jj + C_ij^2) / N."""
+    """Sample moments within standard errors: var(m_i) = C_ii / N, var(S_ij) = (C_ii C_jj + C_ij^2) / N."""
     num = len(samples)
     variance = cov.diagonal()
     assert (np.abs(samples.mean(0) - mean) < SIGMAS * np.sqrt(variance / num)).all()
@@ -175,7 +175,10 @@ def test_markov_path_batches_come_from_initial_mask_or_expand():
     assert chain(mask=mask[0], batch=(4, 1)).batch_shape == (4, 3)
     for path in (chain(mask=mask), chain(mask=mask[0], batch=(4, 1))):
         z = path.rsample()
-        assert z.shape == (4, 3, T, D) and len(torch.unique(z[..., 0, 0])) == len(torch.unique(z[..., -1, 0])) == 12
+        assert (
+            z.shape == (4, 3, T, D)
+            and len(torch.unique(z[..., 0, 0])) == len(torch.unique(z[..., -1, 0])) == 12
+        )
     expanded = chain(mask=mask).expand((2, 4, 3))
     assert expanded.batch_shape == (2, 4, 3) and expanded.log_prob(expanded.rsample()).shape == (2, 4, 3)
     one = torch.randn(T, D, dtype=torch.float64)
@@ -266,7 +269,7 @@ def test_rollout_path_density_is_the_product_of_its_factors(pattern):
 @pytest.mark.parametrize("probability", [0.2, 0.7, 1.0])
 def test_rollouts_by_depth_are_the_plain_loop(probability, sample_shape):
     num_steps, batch = 12, (3, 2)
-    still = lambda z: dist.Normal(torch.tanh(z @ A.mT) + B, torch.full_like(Q, 1e-300)).to_event(1)  # noqa: E731
+    still = lambda z: dist.Normal(torch.tanh(z @ A.mT) + B, torch.full_like(Q, 1e-300)).to_event(1)
     prior = chain(num_steps, batch=batch, transition=still)
     loc, scale = encoder(*batch, num_steps=num_steps)
     torch.manual_seed(0)
@@ -336,7 +339,7 @@ def test_rollout_path_gradients_agree_with_finite_differences():
 
     def terms(loc, scale, a):
         torch.manual_seed(4)
-        move = lambda z: dist.Normal(torch.tanh(z @ a.mT), Q).to_event(1)  # noqa: E731
+        move = lambda z: dist.Normal(torch.tanh(z @ a.mT), Q).to_event(1)
         prior = chain(mask=mask, batch=(2,), transition=move)
         q = RolloutPath(loc, scale, prior, rollout)
         z = q.rsample()
@@ -370,9 +373,7 @@ def test_expected_kl_of_a_linear_chain_in_closed_form():
     torch.manual_seed(0)
     loc, scale = encoder()
     q = RolloutPath(loc, scale, chain())
-    expected = (
-        (scale[0] ** 2 + (loc[0] - MU) ** 2) / SIGMA**2 - 1 + 2 * (SIGMA / scale[0]).log()
-    ).sum()
+    expected = ((scale[0] ** 2 + (loc[0] - MU) ** 2) / SIGMA**2 - 1 + 2 * (SIGMA / scale[0]).log()).sum()
     for t in range(1, T):
         spread = ((A * scale[t - 1]) ** 2).sum(-1)  # diagonal of A S' A^T
         miss = (loc[t] - A @ loc[t - 1] - B) ** 2 + spread
@@ -386,11 +387,16 @@ def test_expected_kl_of_a_linear_chain_in_closed_form():
 def test_rollout_bins_have_no_divergence():
     loc, scale = encoder(3)
     z = torch.randn(3, T, D, dtype=torch.float64)
-    first = torch.distributions.kl_divergence(dist.Normal(loc[:, 0], scale[:, 0]), dist.Normal(MU, SIGMA)).sum(-1)
+    first = torch.distributions.kl_divergence(
+        dist.Normal(loc[:, 0], scale[:, 0]), dist.Normal(MU, SIGMA)
+    ).sum(-1)
     q = RolloutPath(loc, scale, chain(), torch.ones(3, T, dtype=torch.bool))
     torch.testing.assert_close(q.kl_given(chain(), z), first, rtol=1e-13, atol=0)
     # Bin by bin: the divergence of a pattern is that of its other bins, and no bin is counted twice.
-    by_bin = [RolloutPath(loc, scale, chain(), torch.arange(T).expand(3, T) != t).kl_given(chain(), z) - first for t in range(T)]
+    by_bin = [
+        RolloutPath(loc, scale, chain(), torch.arange(T).expand(3, T) != t).kl_given(chain(), z) - first
+        for t in range(T)
+    ]
     full = RolloutPath(loc, scale, chain()).kl_given(chain(), z)
     torch.testing.assert_close(torch.stack(by_bin).sum(0) + first, full, rtol=1e-12, atol=0)
 
@@ -413,7 +419,9 @@ def test_rollout_path_of_one_step():
     prior = chain(num_steps=1)
     q = RolloutPath(loc, scale, prior, torch.ones(2, 1, dtype=torch.bool))
     z = q.rsample()
-    expected = torch.distributions.kl_divergence(dist.Normal(loc[:, 0], scale[:, 0]), dist.Normal(MU, SIGMA)).sum(-1)
+    expected = torch.distributions.kl_divergence(
+        dist.Normal(loc[:, 0], scale[:, 0]), dist.Normal(MU, SIGMA)
+    ).sum(-1)
     torch.testing.assert_close(q.kl_given(prior, z), expected)
     torch.testing.assert_close(q.log_prob(z), dist.Normal(loc, scale).log_prob(z).sum((-1, -2)))
 
@@ -437,7 +445,7 @@ def test_rollout_path_expands(rolled):
 def test_student_t_transition_falls_back_to_the_sampled_ratio_and_agrees_with_quadrature():
     """One latent, two bins: E_q[KL] by Gauss-Hermite quadrature over (z_1, z_2), against the mean of kl_given."""
     df, width = 3.0, 0.4
-    move = lambda z: dist.StudentT(df, torch.tanh(2 * z), width).to_event(1)  # noqa: E731
+    move = lambda z: dist.StudentT(df, torch.tanh(2 * z), width).to_event(1)
     prior = MarkovPath(dist.Normal(torch.zeros(1, dtype=torch.float64), 1.0).to_event(1), move, 2)
     loc = torch.tensor([[0.4], [1.2]], dtype=torch.float64)
     scale = torch.tensor([[0.6], [0.5]], dtype=torch.float64)

@@ -49,7 +49,9 @@ def subsets(size: int, number: int) -> list[list[int]]:
     return [list(c) for c in itertools.combinations(range(size), min(number, size))]
 
 
-@pytest.mark.parametrize("num_recordings, num_trials", [(None, 1), (None, 2), (1, None), (2, None), (1, 2), (2, 1)])
+@pytest.mark.parametrize(
+    "num_recordings, num_trials", [(None, 1), (None, 2), (1, None), (2, None), (1, 2), (2, 1)]
+)
 def test_average_over_all_sub_samples_is_the_full_elbo(problem, num_recordings, num_trials):
     """Enumeration: the mini-batch ELBO, and each of its parts, is unbiased over a uniform choice of the batch."""
     recs, model, guide = problem
@@ -62,11 +64,15 @@ def test_average_over_all_sub_samples_is_the_full_elbo(problem, num_recordings, 
         choices = itertools.product(*(subsets(recs[n].num_trials, num_trials or 99) for n in names))
         by_trials = []
         for trials in choices:
-            batch = recs.batch(model.names, names=names, trials=dict(zip(names, trials, strict=True)), dtype=DOUBLE)
+            batch = recs.batch(
+                model.names, names=names, trials=dict(zip(names, trials, strict=True)), dtype=DOUBLE
+            )
             by_trials.append(SequentialELBO().terms(model, guide, batch))
         values.append(np.mean([t.elbo.item() for t in by_trials]))
         kls.append(np.mean([t.kl["embedding"].item() for t in by_trials]))
-        assert np.allclose([t.by_recording.sum().item() for t in by_trials], [t.elbo.item() for t in by_trials])
+        assert np.allclose(
+            [t.by_recording.sum().item() for t in by_trials], [t.elbo.item() for t in by_trials]
+        )
     np.testing.assert_allclose(np.mean(values), full.elbo.item(), rtol=1e-10)
     np.testing.assert_allclose(np.mean(kls), full.kl["embedding"].item(), rtol=1e-10)
     assert len(values) * len(by_trials) > 1 and (np.std(values) > 1e-3 or num_recordings is None)
@@ -76,7 +82,12 @@ def test_kl_of_the_embedding_counts_once_a_recording(problem):
     recs, model, guide = problem
 
     def kl(recs, **choice):
-        return SequentialELBO().terms(model, guide, recs.batch(model.names, dtype=DOUBLE, **choice)).kl["embedding"].item()
+        return (
+            SequentialELBO()
+            .terms(model, guide, recs.batch(model.names, dtype=DOUBLE, **choice))
+            .kl["embedding"]
+            .item()
+        )
 
     by_recording = [kl_of(r, 2) for r in range(3)]
     assert np.isclose(kl(recs), sum(by_recording))
@@ -202,7 +213,9 @@ def test_roll_outs_are_exact_where_the_posterior_is_the_prior():
             for rollout in (torch.ones(1, 1, 6, dtype=torch.bool), None)
         )  # fmt: skip
     assert abs(exact.mean() - expected) < SIGMAS * exact.std() / 200**0.5
-    assert loose.mean() + SIGMAS * loose.std() / 200**0.5 < expected  # without roll-outs, factorised bins are a strict bound
+    assert (
+        loose.mean() + SIGMAS * loose.std() / 200**0.5 < expected
+    )  # without roll-outs, factorised bins are a strict bound
     assert exact.std() / 200**0.5 < 0.1 * abs(expected)
 
 
@@ -244,13 +257,17 @@ def test_a_latent_site_without_partner_is_named(kind):
     recs = recordings()
     model = kind(recs, latent_dim=2, embedding_dim=1)
     guide = pm.guides.DKF(model)
-    with pytest.raises(ValueError, match=r"guide lacks the model's latent site\(s\) \['width'\].*subclass the guide"):
+    with pytest.raises(
+        ValueError, match=r"guide lacks the model's latent site\(s\) \['width'\].*subclass the guide"
+    ):
         SequentialELBO().terms(model, guide, recs.batch(model.names))
     with pytest.raises(ValueError, match=r"\['width'\]"):
         pm.fit(model, guide, recs, num_steps=1, warm_start_steps=1, progress=False)
 
 
-@pytest.mark.parametrize("kind, answer, times", [(Wide, Answered, 1), (WideByRecording, AnsweredByRecording, 3)])
+@pytest.mark.parametrize(
+    "kind, answer, times", [(Wide, Answered, 1), (WideByRecording, AnsweredByRecording, 3)]
+)
 def test_a_latent_site_with_its_partner_counts(kind, answer, times):
     recs = recordings()
     model = kind(recs, latent_dim=2, embedding_dim=1)
@@ -263,7 +280,9 @@ def test_a_latent_site_with_its_partner_counts(kind, answer, times):
 def test_a_latent_site_in_other_plates_is_named():
     recs = recordings()
     model = WideByRecording(recs, latent_dim=2, embedding_dim=1)
-    with pytest.raises(ValueError, match=r"'width': needed one batch shape .* got \(3, 1\) and \(\); sample it inside"):
+    with pytest.raises(
+        ValueError, match=r"'width': needed one batch shape .* got \(3, 1\) and \(\); sample it inside"
+    ):
         SequentialELBO().terms(model, Answered(model), recs.batch(model.names))
 
 
@@ -278,7 +297,10 @@ def test_a_site_of_the_guide_alone_is_named_unless_auxiliary():
             pyro.sample("extra", dist.Delta(torch.zeros(())), infer={"is_auxiliary": True})
             super().forward(batch)
 
-    assert set(SequentialELBO().terms(model, Chatty(model), recs.batch(model.names)).kl) == {"embedding", "latents"}
+    assert set(SequentialELBO().terms(model, Chatty(model), recs.batch(model.names)).kl) == {
+        "embedding",
+        "latents",
+    }
 
 
 @pytest.mark.parametrize("counts", [False, True])
@@ -319,7 +341,9 @@ def test_what_was_not_observed_counts_nothing():
         terms = SequentialELBO().terms(model, guide, garbage(recs.batch(model.names), value))
         terms.elbo.backward()
         parameters = [p for p in (*model.parameters(), *guide.parameters()) if p.grad is not None]
-        results.append([terms.elbo.detach(), terms.log_likelihood.detach(), *(p.grad.clone() for p in parameters)])
+        results.append(
+            [terms.elbo.detach(), terms.log_likelihood.detach(), *(p.grad.clone() for p in parameters)]
+        )
         assert all(x.isfinite().all() for x in results[-1])
     for other in results[1:]:
         assert all(torch.equal(x, y) for x, y in zip(results[0], other, strict=True))
@@ -363,7 +387,9 @@ def test_the_path_site_is_the_program_unrolled_over_time():
                 for t in range(1, 4):
                     previous = states[-1].unsqueeze(-2)
                     step = model.transition(previous, model.adapt_dynamics(e))
-                    step = dist.Normal(step.base_dist.loc.squeeze(-2), step.base_dist.scale.squeeze(-2)).to_event(1)
+                    step = dist.Normal(
+                        step.base_dist.loc.squeeze(-2), step.base_dist.scale.squeeze(-2)
+                    ).to_event(1)
                     states.append(pyro.sample(f"z{t}", step))
                 for t in range(4):
                     mean = states[t] @ model.read_out.weight.mT + model.read_out.bias

@@ -138,7 +138,7 @@ def test_counts_saturate_at_twice_the_largest_count(family):
     recs = recordings(counts=True)
     made = family(NeuronTable.of(recs))
     made.start(recs)
-    for row, (name, recording) in enumerate(recs.items()):
+    for row, recording in enumerate(recs.values()):
         peak = np.maximum(np.nanmax(recording.observations, axis=(0, 1)), 1)
         x = torch.full((1, 1, 1, recording.num_neurons), 40.0)
         np.testing.assert_allclose(made(x, torch.tensor([row])).mean[0, 0, 0].detach(), 2 * peak, rtol=1e-5)
@@ -151,7 +151,9 @@ def test_counts_saturate_at_twice_the_largest_count(family):
 def test_counts_refuse_what_is_no_count(family, bad, shown):
     y = np.ones((3, 4, 2))
     y[2, 1, 0] = bad
-    recs = Recordings([Recording("good", np.ones((3, 4, 2)), bin_width=0.02), Recording("bad", y, bin_width=0.02)])
+    recs = Recordings(
+        [Recording("good", np.ones((3, 4, 2)), bin_width=0.02), Recording("bad", y, bin_width=0.02)]
+    )
     words = rf"recording 'bad'.*{shown} in trial 2, bin 1, neuron 0"
     with pytest.raises(ValueError, match=words):
         pm.models.MetaSSM(recs, latent_dim=2, embedding_dim=1, likelihood=family)

@@ -48,7 +48,8 @@ def parameters(model, name: str) -> tuple[np.ndarray, ...]:
     rows = model.neurons.slice(name)
     tensors = (
         model.dynamics.weight, model.dynamics.bias, model.process_noise() ** 2, model.read_out.weight[rows],
-        model.read_out.bias[rows], (2 * model.observation.log_sd[rows]).exp(), model.initial.loc, model.initial.scale**2,
+        model.read_out.bias[rows], (2 * model.observation.log_sd[rows]).exp(),
+        model.initial.loc, model.initial.scale**2,
     )  # fmt: skip
     return tuple(x.detach().numpy() for x in tensors)
 
@@ -80,8 +81,18 @@ def problem():
 def test_the_oracle_is_the_dense_gaussian():
     """The filter itself against the joint Gaussian of all observations of a trial."""
     rng = np.random.default_rng(0)
-    a, c, b, d = 0.5 * rng.normal(size=(2, 2)), rng.normal(size=(3, 2)), rng.normal(size=2), rng.normal(size=3)
-    q, r, mu, sigma = np.array([0.3, 0.6]), np.array([0.5, 1.0, 0.2]), rng.normal(size=2), np.array([1.0, 0.4])
+    a, c, b, d = (
+        0.5 * rng.normal(size=(2, 2)),
+        rng.normal(size=(3, 2)),
+        rng.normal(size=2),
+        rng.normal(size=3),
+    )
+    q, r, mu, sigma = (
+        np.array([0.3, 0.6]),
+        np.array([0.5, 1.0, 0.2]),
+        rng.normal(size=2),
+        np.array([1.0, 0.4]),
+    )
     y = rng.normal(size=(4, 3))
     y[1], y[2, 0] = np.nan, np.nan
     mean, blocks = [mu], [np.diag(sigma)]
@@ -141,7 +152,9 @@ def test_smoother_means_are_those_of_rts(problem):
     for r, (name, recording) in enumerate(recs.items()):
         for k in range(recording.num_trials):
             _, means, _, _ = kalman(trial(recording, k), *parameters(model, name))
-            np.testing.assert_allclose(q.mean[r, k, : len(means)].detach().numpy(), means, rtol=1e-9, atol=1e-9)
+            np.testing.assert_allclose(
+                q.mean[r, k, : len(means)].detach().numpy(), means, rtol=1e-9, atol=1e-9
+            )
 
 
 def test_smoother_draws_are_the_posterior(problem):
@@ -166,11 +179,15 @@ def test_smoother_density_belongs_to_its_draws(problem):
     num, batch = 5_000, recs.batch(model.names, dtype=torch.float64)
     q = guide.latents_posterior(batch)
     z = q.sample((num,))
-    squares = 2 * (q.log_prob(q.mean) - q.log_prob(z))  # chi^2 with n degrees of freedom: mean n, variance 2 n
+    squares = 2 * (
+        q.log_prob(q.mean) - q.log_prob(z)
+    )  # chi^2 with n degrees of freedom: mean n, variance 2 n
     n = 2.0 * batch.time_mask.sum(-1)
     assert ((squares.mean(0) - n).abs() <= SIGMAS * (2 * n / num).sqrt()).all()
     error = ((squares.var(0) - 2 * n).abs() - 1e-12) / (2 * n).clamp(min=1)
-    assert (error < SIGMAS * ((2 + 12 / n.clamp(min=1)) / num).sqrt()).all()  # var(s^2) = sigma^4 (kurtosis - 1) / N
+    assert (
+        error < SIGMAS * ((2 + 12 / n.clamp(min=1)) / num).sqrt()
+    ).all()  # var(s^2) = sigma^4 (kurtosis - 1) / N
     # Nothing depends on what a trial does not have.
     hidden = torch.where(batch.time_mask.unsqueeze(-1), z, 1e6)
     assert torch.equal(q.log_prob(hidden), q.log_prob(z))
@@ -183,7 +200,10 @@ def test_smoother_expands_as_pyro_needs(problem):
     z = wide.rsample((2,))
     assert z.shape == (2, 5, *q.batch_shape, *q.event_shape)
     assert len(torch.unique(z[..., 0, 0, 0, 0])) == 10
-    assert torch.equal(wide.log_prob(z), q.log_prob(z)) and wide.mean.shape == wide.batch_shape + wide.event_shape
+    assert (
+        torch.equal(wide.log_prob(z), q.log_prob(z))
+        and wide.mean.shape == wide.batch_shape + wide.event_shape
+    )
 
 
 def test_held_out_neurons_are_scored_and_not_seen():

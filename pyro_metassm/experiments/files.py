@@ -46,7 +46,8 @@ def run(
         likelihood: "gaussian", "poisson" or "negative-binomial"; None: Poisson for counts, else Gaussian.
         num_steps, trials_per_step, learning_rate: of SVI.
         test_fraction: share of each recording's trials held out; all scores are theirs.
-        context: bins given to forecasts; None: half of the shortest held-out trial.
+        context: bins given to forecasts; None: half of the usual length of a trial (the
+            shortest median of a recording); shorter trials are not forecast, and counted in a warning.
         num_samples: posterior draws written.
         save_trials: held-out trials of each recording whose draws are written (scores use all of them).
         seed: of the split, the fit and the draws.
@@ -73,8 +74,8 @@ def run(
             seed=seed, device=device, progress=progress,
         )
         result.save(out / "fit")
-    shortest = min(int(r.lengths.min()) for r in test.values())
-    context = max(1, shortest // 2) if context is None else context
+    usual = min(int(np.median(r.lengths)) for r in test.values())
+    context = max(1, usual // 2) if context is None else context
     horizon = max(1, max(r.num_bins for r in test.values()) - context)
     shown = Recordings([r.take(np.arange(min(save_trials, r.num_trials))) for r in test.values()])
     with report.timed(seconds, "posterior"):

@@ -1,0 +1,203 @@
+"""The picture of the recordings' embeddings (public in `pyro_metassm.plots`)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import xarray as xr
+
+from pyro_metassm._flow_plots import new_axes, part
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+BLUE = "#0072B2"
+PALETTE = (BLUE, "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")  # of Okabe and Ito
+MARKERS = "osD^vP*"
+INTERVAL = (0.05, 0.95)
+NEAR = (0.13, 0.05)  # of the axes: points as near as this share a label
+FEW = 16  # labels that are written in the ordinary size
+
+
+def embedding(
+    tree: xr.DataTree,
+    ax: Axes | Sequence[Axes] | None = None,
+    against: Mapping[str, float] | Any = None,
+    color: Mapping[str, Any] | Any = None,
+    labels: bool = True,
+    *,
+    label: str | None = None,
+) -> Axes | np.ndarray:
+    """The posterior of every recording's embedding: means and 90 % intervals.
+
+    With ``against`` a panel for each embedding dim, over a value of the recordings. Without: a row for each
+    recording (one embedding dim), or the first two dims with ellipses that hold 90 %.
+
+    Args:
+        tree: of :func:`pyro_metassm.posterior` or :func:`pyro_metassm.forecast`.
+        ax: where to draw; with ``against`` and several embedding dims, as many axes.
+        against: a value of every recording: a mapping by name, a DataArray over `recording`, or in the tree's
+            order.
+        color: likewise, numbers (a colour bar) or categories (a legend).
+        labels: write the recordings' names beside the points.
+        label: of the axis of ``against``, or of the colour bar without it; default a DataArray's name.
+
+    Returns:
+        the axes, or an array of them.
+
+    Raises:
+        ValueError: values that lack a recording, too few axes.
+
+    Example:
+        >>> draws = np.random.default_rng(0).normal([[-1.0], [1.0]], 0.1, (1, 50, 2, 1))
+        >>> dims = ("chain", "draw", "recording", "embedding_dim")
+        >>> data = xr.DataArray(draws, {"recording": ["slow", "fast"]}, dims, "embedding")
+        >>> tree = xr.DataTree.from_dict({"posterior": data.to_dataset()})
+        >>> embedding(tree, against={"slow": 2.5, "fast": 5.0}, label="speed (rad/s)").get_xlabel()
+        'speed (rad/s)'
+    """
+    e = part(tree, "posterior")["embedding"].stack(sample=("chain", "draw"))
+    e = e.transpose("recording", "embedding_dim", "sample")
+    names, draws = [str(name) for name in e["recording"].values], e.values
+    size, means = draws.shape[1], draws.mean(2)
+    styles, legend = _colors(color, names, label if against is None else None)
+    if against is not None:
+        x = np.array(_of_recordings(against, names, "against"), float)
+        axes = _axes(ax, size)
+        for d in range(size):
+            for row, style in enumerate(styles):
+                _interval(axes[d], x[row], draws[row, d], style, vertical=True)
+            axes[d].set_xlabel(label or str(getattr(against, "name", None) or "value of the recording"))
+            axes[d].set_ylabel(_dim_label(d, size))
+            axes[d].margins(0.1)
+            if labels:
+                _write_names(axes[d], names, np.stack([x, means[:, d]], 1))
+        legend(axes[0])
+        return axes[0] if size == 1 else axes[:size]
+    ax = new_axes(ax)
+    ax.set_xlabel(_dim_label(0, size))
+    if size == 1:
+        for row, style in enumerate(styles):
+            _interval(ax, row, draws[row, 0], style, vertical=False)
+        ax.set_yticks(range(len(names)), names if labels else [""] * len(names))
+        ax.set_ylim(len(names) - 0.5, -0.5)
+        ax.grid(axis="y", color="0.9")
+        ax.set_axisbelow(True)
+    else:
+        for row, style in enumerate(styles):
+            _ellipse(ax, draws[row, :2], style)
+        ax.set_ylabel(_dim_label(1, size))
+        ax.margins(0.1)
+        if labels:
+            _write_names(ax, names, means[:, :2])
+    legend(ax)
+    return ax
+
+
+# ---- parts -----------------------------------------------------------------------------------------------
+
+
+def _of_recordings(values: Any, names: Sequence[str], what: str) -> list:
+    """A value of every recording, in the order of the names."""
+    if isinstance(values, xr.DataArray) and "recording" in values.coords:
+        values = dict(zip(values["recording"].values.tolist(), values.values.tolist(), strict=True))
+    if isinstance(values, Mapping):
+        lacking = [name for name in names if name not in values]
+        if lacking:
+            raise ValueError(f"embedding: needed a value of every recording in {what}, got none of {lacking}")
+        return [values[name] for name in names]
+    found = list(np.asarray(values).tolist())
+    if len(found) != len(names):
+        raise ValueError(
+            f"embedding: needed {len(names)} values in {what}, one for each recording, got {len(found)}"
+        )
+    return found
+
+
+def _colors(color: Any, names: Sequence[str], label: str | None):
+    """A style for every recording, and a function that adds what explains it to an axes."""
+    if color is None:
+        return [{"color": BLUE, "marker": "o"}] * len(names), lambda ax: None
+    values = _of_recordings(color, names, "color")
+    if all(isinstance(v, int | float) and not isinstance(v, bool) for v in values):
+        from matplotlib import colormaps
+        from matplotlib.cm import ScalarMappable
+        from matplotlib.colors import ListedColormap, Normalize
+
+        cmap = ListedColormap(colormaps["cividis"](np.linspace(0.0, 0.85, 256)))  # the rest is too light
+        scale = ScalarMappable(Normalize(min(values), max(values)), cmap)
+        text = label or str(getattr(color, "name", None) or "")
+        styles = [{"color": scale.to_rgba(v), "marker": "o"} for v in values]
+        return styles, lambda ax: ax.figure.colorbar(scale, ax=ax, label=text)
+    kinds = list(dict.fromkeys(map(str, values)))
+    style: dict[str, Any] = {
+        k: {"color": PALETTE[i % len(PALETTE)], "marker": MARKERS[i % len(MARKERS)]}
+        for i, k in enumerate(kinds)
+    }
+
+    def legend(ax: Axes) -> None:
+        handles = [ax.plot([], [], linestyle="", label=kind, **style[kind])[0] for kind in kinds]
+        ax.legend(handles=handles, frameon=False)
+
+    return [style[str(v)] for v in values], legend
+
+
+def _interval(ax: Axes, at: float, draws: np.ndarray, style: dict, vertical: bool) -> None:
+    mean, (low, high) = draws.mean(), np.quantile(draws, INTERVAL)
+    error = np.array([[max(mean - low, 0.0)], [max(high - mean, 0.0)]])
+    where = {"x": at, "y": mean, "yerr": error} if vertical else {"x": mean, "y": at, "xerr": error}
+    ax.errorbar(**where, linestyle="", markersize=5, capsize=2, linewidth=1.2, **style)
+
+
+def _ellipse(ax: Axes, draws: np.ndarray, style: dict) -> None:
+    from matplotlib.patches import Ellipse
+
+    center = draws.mean(1)
+    values, vectors = np.linalg.eigh(np.cov(draws) if draws.shape[1] > 1 else np.zeros((2, 2)))
+    # A normal plane holds 90 % within sqrt(-2 ln 0.1) standard deviations.
+    width, height = 2 * np.sqrt(-2 * np.log(0.1) * values.clip(min=0))
+    angle = np.degrees(np.arctan2(vectors[1, 0], vectors[0, 0]))
+    ax.add_patch(Ellipse(tuple(center), width, height, angle=angle, facecolor=style["color"], alpha=0.25))
+    ax.plot(*center[:, None], linestyle="", markersize=5, **style)
+
+
+def _write_names(ax: Axes, names: Sequence[str], points: np.ndarray) -> None:
+    """Names beside points ``(recording, 2)``, towards the middle; points that coincide share a label."""
+    low, high = ax.get_xlim()[0], ax.get_xlim()[1]
+    bottom, top = ax.get_ylim()
+    place = (points - [low, bottom]) / [high - low, top - bottom]
+    left = list(range(len(names)))
+    while left:
+        first = left[0]
+        group = [row for row in left if (np.abs(place[row] - place[first]) < NEAR).all()]
+        left = [row for row in left if row not in group]
+        text = ", ".join(names[row] for row in group[:3]) + (
+            f" and {len(group) - 3} more" if len(group) > 3 else ""
+        )
+        right = place[first, 0] > 0.5
+        ax.annotate(
+            text,
+            tuple(points[group].mean(0)),
+            xytext=(-6 if right else 6, 5),
+            textcoords="offset points",
+            ha="right" if right else "left",
+            fontsize="small" if len(names) <= FEW else "xx-small",
+        )
+
+
+def _axes(ax: Any, size: int) -> np.ndarray:
+    """One axes for each embedding dim."""
+    if ax is None and size > 1:
+        import matplotlib.pyplot as plt
+
+        ax = plt.subplots(1, size, figsize=(4 * size, 3.5), layout="constrained")[1]
+    axes = np.atleast_1d(np.asarray(new_axes(ax), object))
+    if len(axes) < size:
+        raise ValueError(f"embedding: needed {size} axes, one for each embedding dim, got {len(axes)}")
+    return axes
+
+
+def _dim_label(dim: int, size: int) -> str:
+    return "embedding" if size == 1 else f"embedding dim {dim + 1}"
