@@ -17,10 +17,10 @@ LAYERS: tuple[set[str], ...] = (
     {"models"},
     {"guides"},
     {
-        "adaptation", "checkpoints", "elbo", "fit_result", "fitting", "posterior", "result", "saving",
+        "adaptation", "checkpoints", "elbo", "posterior", "result", "saving",
         "training", "trees", "warm_start",
     },
-    {"analysis", "metrics", "plots"},
+    {"_embedding_plot", "_flow_plots", "_scores", "analysis", "metrics", "plots"},
     {"__main__", "cli", "experiments"},
 )  # fmt: skip
 LAYER = {name: number for number, names in enumerate(LAYERS) for name in names}
