@@ -28,7 +28,7 @@ for name in names:
     assert file not in files, f"{name} and {files[file]} are both {file}"
     files[file] = name
     for cls in vars(module).values():
-        if inspect.isclass(cls) and Path(inspect.getsourcefile(cls) or "").resolve().is_relative_to(folder):
+        if inspect.isclass(cls) and cls.__module__.startswith("pyro_metassm"):
             first = classes.setdefault((inspect.getsourcefile(cls) or "", cls.__qualname__), cls)
             assert cls is first, f"{cls.__qualname__} exists as {cls.__module__} and as {first.__module__}"
 bare = {"models", "guides"} & set(sys.modules)

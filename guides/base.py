@@ -92,8 +92,12 @@ class AmortizedGuide(nn.Module, ABC):
         return ybar, smooth(ybar[..., : self.model.latent_dim], share, float(self.smoothing)), share
 
     def embedding_statistics(self, frame: Tensor, share: Tensor, batch: Batch) -> Tensor:
-        """Mean over the trials that have data of the encoder's mean and variance, ``(R, 2 embedding_dim)`` (eq. 15)."""
+        """Mean over the trials that have data of the encoder's mean and variance, ``(R, 2 embedding_dim)`` (eq. 15).
+
+        Where no trial has data they are those of a standard Normal.
+        """
         mean, variance = self.encode_embedding(frame, share > 0)
         has_data = (share > 0).any(-2).to(mean.dtype)  # (R, K, 1)
-        weight = has_data / has_data.sum(-2, keepdim=True).clamp(min=1)
-        return torch.cat([(mean * weight).sum(-2), (variance * weight).sum(-2)], -1)
+        number = has_data.sum(-2)
+        mean, variance = ((x * has_data).sum(-2) / number.clamp(min=1) for x in (mean, variance))
+        return torch.cat([mean, variance + (number == 0)], -1)

@@ -17,7 +17,7 @@ from torch import Tensor
 from pyro_metassm import trees
 from pyro_metassm.models.meta_ssm import MetaSSM, observed
 from pyro_metassm.recordings import Batch, Recordings
-from pyro_metassm.result import Fit
+from pyro_metassm.result import Fit, recording_statistics
 
 ELEMENTS = 8_000_000  # numbers a chunk of draws: about 32 MiB a tensor, some ten tensors at a time
 NETWORK_WIDTH = 1024  # numbers per draw and bin that the networks hold while they run
@@ -219,6 +219,10 @@ def posterior_chunks(
     per_draw = bins * (recording.num_neurons + NETWORK_WIDTH)
     many = min(num_samples, max(1, ELEMENTS // per_draw))
     trials_at_once = max(1, ELEMENTS // (per_draw * many)) if chunk_size is None else chunk_size
+    fit.model.neurons.check([name], [recording.num_neurons])
+    statistics = fit.statistics[[fit.names.index(name)]]
+    if not bool(statistics.isfinite().all()):  # not seen in training: of the trials at hand, all of them
+        statistics = recording_statistics(fit.guide, recs, name, rows, context).unsqueeze(0)
     with _seeded(seed, name, fit.device), torch.no_grad():
         for first in range(0, num_samples, many):
             draws, embedding = slice(first, min(first + many, num_samples)), None
@@ -227,9 +231,7 @@ def posterior_chunks(
                 batch = recs.batch(
                     fit.names, names=[name], trials={name: trials}, dtype=fit.dtype, device=fit.device
                 )
-                statistics = fit.statistics[batch.recording]
-                if bool(statistics.isfinite().all()):  # else the fit has not seen it: from the trials at hand
-                    batch = dataclasses.replace(batch, embedding_statistics=statistics)
+                batch = dataclasses.replace(batch, embedding_statistics=statistics)
                 batch = batch if context is None else batch.first_bins(context)
                 # One embedding a draw for all trials: the first chunk draws it, the others are given it.
                 known: dict[str, Tensor] = {} if embedding is None else {"embedding": embedding}

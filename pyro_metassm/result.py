@@ -71,25 +71,42 @@ def trial_chunks(recs: Recordings, name: str, num_draws: int = 1, elements: int 
     return [list(range(first, min(first + size, recording.num_trials))) for first in range(0, recording.num_trials, size)]
 
 
-@torch.no_grad()
 def embedding_statistics(model, guide, recs: Recordings) -> Tensor:
     """The guide's statistics of every recording's embedding from all its trials, ``(len(model.names), ...)``.
 
-    They are means over trials, so that chunks of trials are averaged exactly. Recordings of the model that ``recs``
-    does not hold get NaN: their embedding is then inferred from whatever trials are looked at.
+    Recordings of the model that ``recs`` does not hold get NaN: their embedding is then inferred from whatever trials
+    are looked at.
+    """
+    rows = {name: recording_statistics(guide, recs, name) for name in recs}
+    unknown = torch.full_like(next(iter(rows.values())), torch.nan)
+    return torch.stack([rows.get(name, unknown) for name in model.names])
+
+
+@torch.no_grad()
+def recording_statistics(
+    guide, recs: Recordings, name: str, trials: list[int] | None = None, context: int | None = None
+) -> Tensor:
+    """The guide's statistics of one recording's embedding; a mean over trials, so that chunks are averaged exactly.
+
+    Args:
+        guide: an amortised guide.
+        recs: the data.
+        name: the recording.
+        trials: its trials to take; None for all.
+        context: the first bins to take of each; None for all.
     """
     parameter = next(guide.parameters())
-    rows: dict[str, Tensor] = {}
-    for name in recs:
-        total, weight = parameter.new_zeros(2 * model.embedding_dim), 0
-        for trials in trial_chunks(recs, name):
-            batch = recs.batch(
-                model.names, names=[name], trials={name: trials}, dtype=parameter.dtype, device=parameter.device
-            )
-            _, frame, share = guide.common_space(batch)
-            with_data = int((share > 0).any(-2).sum())
-            total = total + guide.embedding_statistics(frame, share, batch)[0] * with_data
-            weight += with_data
-        rows[name] = total / max(weight, 1)
-    unknown = parameter.new_full((2 * model.embedding_dim,), torch.nan)
-    return torch.stack([rows.get(name, unknown) for name in model.names])
+    total, weight = parameter.new_zeros(2 * guide.model.embedding_dim), 0
+    for chunk in trial_chunks(recs, name):
+        chunk = chunk if trials is None else [trial for trial in chunk if trial in trials]
+        if not chunk:
+            continue
+        batch = recs.batch(
+            guide.model.names, names=[name], trials={name: chunk}, dtype=parameter.dtype, device=parameter.device
+        )
+        batch = batch if context is None else batch.first_bins(context)
+        _, frame, share = guide.common_space(batch)
+        with_data = int((share > 0).any(-2).sum())
+        statistics = guide.embedding_statistics(frame, share, batch)[0]
+        total, weight = total + statistics * with_data, weight + with_data
+    return total / weight if weight else statistics  # without data: the prior's

@@ -169,8 +169,8 @@ def _load(folder: Path, custom: Mapping[str, type], device: torch.device) -> Fit
     specifications = []
     for what in ("model", "guide"):
         entry = _get(header, what, dict)
-        config = _decode(_get(entry, "config", dict), custom)
-        specifications.append((_decode({k: entry.get(k) for k in ("class", "module")}, custom), config))
+        cls = _decode({key: entry.get(key) for key in ("class", "module")}, custom)
+        specifications.append((cls, _dict(entry, "config", custom)))
     with safe_open(folder / TENSORS, framework="pt", device=str(device)) as file:
         slices = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118 - not a dict
         claimed = {key: (tuple(s.get_shape()), DTYPES.get(s.get_dtype())) for key, s in slices.items()}
@@ -191,7 +191,7 @@ def _load(folder: Path, custom: Mapping[str, type], device: torch.device) -> Fit
             module.eval()
         history = _history(_get(header, "history", dict), file, custom)
         statistics = file.get_tensor("statistics")
-    attrs = _decode(_get(header, "attrs", dict), custom)
+    attrs = _dict(header, "attrs", custom)
     return Fit(model, guide, history, statistics, seed=_get(header, "seed", int), attrs=attrs)
 
 
@@ -199,9 +199,9 @@ def _history(entry: dict, file: Any, custom: Mapping[str, type]) -> xr.Dataset:
     parts: tuple[dict, dict] = ({}, {})
     for name, variable in _get(entry, "variables", dict).items():
         values = file.get_tensor(f"history.{name}").cpu().numpy()
-        attrs = _decode(_get(variable, "attrs", dict), custom)
+        attrs = _dict(variable, "attrs", custom)
         parts[bool(variable.get("coordinate"))][name] = (_get(variable, "dims", list), values, attrs)
-    return xr.Dataset(*parts, attrs=_decode(_get(entry, "attrs", dict), custom))
+    return xr.Dataset(*parts, attrs=_dict(entry, "attrs", custom))
 
 
 # ---- building --------------------------------------------------------------------------------------------
@@ -338,12 +338,22 @@ def _decode(value: Any, custom: Mapping[str, type]) -> Any:
     raise ValueError(f"{HEADER}: needed {PLAIN}, got an object with {checks.some(sorted(value))}")
 
 
+def _dict(entry: dict, key: str, custom: Mapping[str, type]) -> dict:
+    """A dict of the header, decoded."""
+    value = _decode(_get(entry, key, dict), custom)
+    if not isinstance(value, dict):
+        raise ValueError(f"{HEADER}: needed {key!r} as an encoded dict, got {type(value).__name__}")
+    return value
+
+
 def _class(name: str, module: str, custom: Mapping[str, type]) -> type:
     known = {
         key: value
         for namespace in (models, guides, likelihoods, encoders)
         for key, value in vars(namespace).items()
-        if isinstance(value, type) and value.__module__.startswith("pyro_metassm.")
+        if isinstance(value, type)
+        and issubclass(value, nn.Module)
+        and value.__module__.startswith("pyro_metassm.")
     }
     if module.startswith("pyro_metassm.") and name in known:
         return known[name]

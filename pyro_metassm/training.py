@@ -21,6 +21,7 @@ from pyro_metassm.guides.base import AmortizedGuide
 from pyro_metassm.models.meta_ssm import MetaSSM
 from pyro_metassm.recordings import Batch, Recordings, sample_trials
 from pyro_metassm.result import Fit, embedding_statistics
+from pyro_metassm.schedules import one_cycle
 
 SLOW = 0.1  # learning rate of started dynamics, relative to the rest
 
@@ -104,11 +105,12 @@ def fit(
             "fit: needed a positive learning_rate and clip_norm and an update_penalty of at least 0, "
             f"got {learning_rate}, {clip_norm} and {update_penalty}"
         )
-    for recording in recs.values():
+    for recording in (*recs.values(), *(validation.values() if validation is not None else ())):
+        model.neurons.check([recording.name], [recording.num_neurons])
         model.observation.check(recording)
     chosen = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
     model, guide = copy.deepcopy((model, guide))
-    model.to(chosen), guide.to(chosen)
+    model.to(chosen).train(), guide.to(chosen).train()
     guide.read_in.start(recs)
     threads = num_threads or _choose_threads(model, recs, trials_per_step)
     with _threads(threads), torch.random.fork_rng([chosen] if chosen.type == "cuda" else []):
@@ -153,10 +155,7 @@ class Trainer:
         rates = [learning_rate * (SLOW if after_start else 1.0), learning_rate]
         groups = [{"params": p, "lr": r} for p, r in zip((dynamics, rest), rates, strict=True)]
         self.optimizer = torch.optim.Adam(groups, betas=(0.9, 0.99))
-        self.schedule = torch.optim.lr_scheduler.OneCycleLR(
-            self.optimizer, rates, total_steps=max(num_steps, 2) + 1, pct_start=0.1, div_factor=10.0, final_div_factor=50.0,
-            cycle_momentum=False,
-        )
+        self.schedule = one_cycle(self.optimizer, num_steps)
         self.parameters = [*dynamics, *rest]
         self.last_good = [p.detach().clone() for p in self.parameters]
         self.scale = sum(float(r.mask.sum()) for r in recs.values())  # numbers observed: the loss is per number
@@ -196,6 +195,7 @@ class Trainer:
         )
         bar.reset(total)
         bar.set_description("fit")
+        self.keep()
         self.seconds["warm_start"] = time.perf_counter() - begin
 
     def take_step(self, clip_norm: float, update_penalty: float) -> None:
@@ -217,8 +217,7 @@ class Trainer:
         norm = nn.utils.clip_grad_norm_(self.parameters, clip_norm)
         if not torch.isfinite(norm):
             raise self.stopped("gradient", list(names))
-        for kept, parameter in zip(self.last_good, self.parameters, strict=True):
-            kept.copy_(parameter.detach())
+        self.keep()
         self.optimizer.step()
         self.schedule.step()
         self.step += 1
@@ -229,6 +228,11 @@ class Trainer:
             **{f"kl_{site}": kl.item() for site, kl in terms.kl.items()},
             gradient_norm=norm.item(), learning_rate=self.optimizer.param_groups[-1]["lr"], seconds=seconds,
         )
+
+    def keep(self) -> None:
+        """Remember the parameters as the last good state."""
+        for kept, parameter in zip(self.last_good, self.parameters, strict=True):
+            kept.copy_(parameter.detach())
 
     def record(self, **values: float) -> None:
         """Append to the history of this step; a name that is new starts with NaN."""

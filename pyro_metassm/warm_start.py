@@ -8,7 +8,6 @@ read-out of every neuron from its recording's frame, through the model's own lik
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -17,6 +16,7 @@ from torch import Tensor, nn
 
 from pyro_metassm.guides.encoders import smooth
 from pyro_metassm.recordings import Batch, Recordings
+from pyro_metassm.schedules import one_cycle
 
 RIDGE = 0.02  # of the largest variance: keeps directions that hold only noise from being blown up by whitening
 READ_OUT_ELEMENTS = 500_000  # observations a step of the read-outs' regression
@@ -183,11 +183,8 @@ class DynamicsFirst(nn.Module):
         own = {id(p) for part in (model.read_out, model.observation) for p in part.parameters()}
         networks = [p for p in model.parameters() if id(p) not in own] + list(guide.encode_embedding.parameters())
         parts, rates = (networks, [self.frame, self.offset]), [3e-3, 1e-2]
-        groups = [{"params": part, "lr": rate} for part, rate in zip(parts, rates, strict=True)]
-        optimizer = torch.optim.Adam(groups)
-        schedule = torch.optim.lr_scheduler.OneCycleLR(
-            optimizer, rates, total_steps=max(num_steps, 1), pct_start=0.1, div_factor=10.0
-        ) if num_steps > 1 else None
+        optimizer = torch.optim.Adam([{"params": p, "lr": r} for p, r in zip(parts, rates, strict=True)])
+        schedule = one_cycle(optimizer, num_steps)
         for step in range(num_steps):
             share = min(1.0, 2 * step / max(num_steps, 1))
             length = min(round(self.lengths[0] + share * (self.lengths[1] - self.lengths[0])), self.w.shape[-2] - 1)
@@ -196,8 +193,7 @@ class DynamicsFirst(nn.Module):
             loss.backward()
             nn.utils.clip_grad_norm_([p for part in parts for p in part], 1.0)
             optimizer.step()
-            if schedule is not None:
-                schedule.step()
+            schedule.step()
             on_step(float(loss.detach()))
 
     def loss(self, length: int, rng: torch.Generator) -> Tensor:
@@ -299,10 +295,9 @@ def _fit_read_outs(model, z: Tensor, batch: Batch, rng: torch.Generator, num_ste
                 read_out.bias[rows] = solution[-1]
     parameters = [*read_out.parameters(), *model.observation.parameters()]
     optimizer = torch.optim.Adam(parameters, lr=0.05)
+    schedule = one_cycle(optimizer, num_steps)
     trials = max(1, min(z.shape[1], READ_OUT_ELEMENTS // batch.observations[:, 0].numel()))
-    for step in range(num_steps):
-        for group in optimizer.param_groups:
-            group["lr"] = 0.05 * 0.5 * (1 + math.cos(math.pi * step / num_steps))
+    for _ in range(num_steps):
         rows = slice(None) if trials == z.shape[1] else torch.randperm(z.shape[1], generator=rng)[:trials]
         y = model.likelihood(read_out(z[:, rows], batch.recording, batch.width), batch.recording)
         mask = batch.mask[:, rows] if not y.event_shape else batch.mask[:, rows].any(-1)
@@ -310,3 +305,4 @@ def _fit_read_outs(model, z: Tensor, batch: Batch, rng: torch.Generator, num_ste
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         optimizer.step()
+        schedule.step()

@@ -542,7 +542,7 @@ def test_read_out_takes_the_rows_of_each_recording():
 
 @pytest.mark.parametrize("counts", [False, True])
 def test_read_in_is_its_equation(counts):
-    """Bin by bin, in numpy: centred, scaled, weighted, and averaged over the neurons that were seen."""
+    """Bin by bin, in numpy: centred, scaled, weighted, averaged over the neurons seen, times the root of all."""
     recs = recordings(counts=counts)
     torch.manual_seed(0)
     read_in = ReadIn(NeuronTable.of(recs), 4).double()
@@ -566,7 +566,8 @@ def test_read_in_is_its_equation(counts):
                 seen = ~np.isnan(y[k, t])
                 expected = np.zeros(4)
                 if seen.any():
-                    expected = centred[k, t, seen] @ weight[seen] / seen.sum() + bias
+                    mean = centred[k, t, seen] @ weight[seen] / seen.sum()
+                    expected = mean * len(seen) ** 0.5 + bias
                 np.testing.assert_allclose(ybar[r, k, t].detach(), expected, rtol=1e-6, atol=1e-6)
                 assert np.isclose(share[r, k, t].item(), seen.mean())
 
@@ -658,6 +659,22 @@ def test_embedding_posterior_averages_over_trials_with_data():
     q = guide.embedding_posterior(statistics)
     close(q.mean[:, 0], statistics[:, :EMBEDDING])
     close(q.variance[:, 0], statistics[:, EMBEDDING:])
+
+
+def test_without_data_for_the_guide_the_embedding_has_its_prior():
+    """A mini-batch may hold trials of which only held-out neurons were observed."""
+    y = np.random.default_rng(0).normal(size=(2, 5, 2))
+    y[0, :, 1] = np.nan
+    recs = Recordings([Recording("a", y, bin_width=0.02, held_out_neurons=[0]), recordings()["b"]])
+    model, guide = make(("MetaSSM", "DKF", "Gaussian"), recs)
+    batch = recs.batch(model.names, trials={"a": [0]}, dtype=DOUBLE)
+    terms = SequentialELBO().terms(model, guide, batch)
+    terms.elbo.backward()
+    assert terms.elbo.isfinite() and all(
+        p.grad is None or p.grad.isfinite().all() for p in guide.parameters()
+    )
+    q = poutine.trace(guide).get_trace(batch).nodes["embedding"]["fn"]
+    assert (q.mean[0] == 0).all() and (q.variance[0] == 1).all() and (q.mean[1] != 0).all()
 
 
 def test_detached_embedding_is_learned_from_the_dynamics_alone():

@@ -17,7 +17,7 @@ LAYERS: tuple[set[str], ...] = (
     {"models"},
     {"guides"},
     {
-        "adaptation", "checkpoints", "elbo", "posterior", "result", "saving",
+        "adaptation", "checkpoints", "elbo", "posterior", "result", "saving", "schedules",
         "training", "trees", "warm_start",
     },
     {"_embedding_plot", "_flow_plots", "_scores", "analysis", "metrics", "plots"},

@@ -416,6 +416,38 @@ def everything(recording: Recording, start: int, value: float) -> Recording:
     return Recording(recording.name, y, bin_width=recording.bin_width, lengths=recording.lengths)
 
 
+@pytest.mark.parametrize("chunk_size", [None, 1, 2])
+def test_embeddings_of_recordings_not_trained_on_come_from_the_context(recs, fit, chunk_size):
+    """From the first bins of all trials that are forecast, whatever the chunks; and nothing later reaches them."""
+    known = fit.statistics.clone()
+    known[0] = torch.nan
+    part = dataclasses.replace(fit, statistics=known)
+    context, recording = 4, recs["a"]
+
+    def forecast(recording: Recording) -> dict[str, np.ndarray]:
+        data = Recordings([recording])
+        tree = pm.forecast(part, data, context=context, horizon=2, num_samples=400, chunk_size=chunk_size)
+        return {"embedding": tree["posterior"]["embedding"].values} | dict(tree["a/predictions"].data_vars)
+
+    expected = forecast(recording)
+    for k, length in enumerate(recording.lengths):
+        for t in range(context, length):
+            for value in (40.0, np.nan):
+                got = forecast(changed(recording, k, t, value))
+                assert all(np.array_equal(v, got[name]) for name, v in expected.items())
+    for k in range(3):  # every trial's context does reach the embedding
+        got = forecast(changed(recording, k, 1, 3.0))
+        assert not np.array_equal(got["embedding"], expected["embedding"])
+    # Its moments are what the guide makes of these bins, all trials together.
+    batch = Recordings([recording.crop(0, context)]).batch(fit.names)
+    _, frame, share = fit.guide.common_space(batch)
+    with torch.no_grad():
+        mean, variance = fit.guide.embedding_statistics(frame, share, batch)[0].numpy().reshape(2, -1)
+    e = expected["embedding"][0, :, 0]
+    assert (np.abs(e.mean(0) - mean) < 5 * np.sqrt(variance / 400)).all()
+    assert (np.abs(e.var(0) / variance - 1) < 5 * np.sqrt(2 / 400)).all()
+
+
 def test_forecasts_start_at_the_guides_last_state(recs, fit):
     """The first forecast bin is one step of the model from the guide's draw at bin context - 1."""
     chunks = list(posterior_chunks(fit, recs, "b", 300, seed=0, context=5))

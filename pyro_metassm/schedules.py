@@ -1,0 +1,29 @@
+"""The learning rate over the steps of a fit."""
+
+from __future__ import annotations
+
+import math
+
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+
+WARM_UP = 0.1  # share of the steps
+FIRST, LAST = 0.1, 0.02  # of the peak
+
+
+def one_cycle(optimizer: Optimizer, num_steps: int) -> LambdaLR:
+    """One cycle: linear from a tenth of the peak over the first tenth of the steps, then a cosine to 2 % of it.
+
+    Args:
+        optimizer: its groups' learning rates are the peaks.
+        num_steps: steps in all; any number of them.
+    """
+    rise = max(1.0, WARM_UP * num_steps)
+
+    def factor(step: int) -> float:
+        if step < rise:
+            return FIRST + (1 - FIRST) * step / rise
+        done = min(1.0, (step - rise) / max(1.0, num_steps - rise))
+        return LAST + (1 - LAST) * 0.5 * (1 + math.cos(math.pi * done))
+
+    return LambdaLR(optimizer, factor)
