@@ -70,6 +70,7 @@ def resume(folder: str | Path, trainer) -> bool:
         torch.cuda.set_rng_state(tensors["rng_cuda"].cpu(), trainer.device)
     trainer.history = {k: v.tolist() for k, v in _part(tensors, "history.").items()}
     trainer.step, trainer.seconds = header["step"], header["seconds"]
+    trainer.keep()
     return True
 
 

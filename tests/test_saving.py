@@ -223,6 +223,7 @@ def test_a_crash_while_renaming_never_yields_a_mixture(fit, folder, monkeypatch,
     if at == 0:
         assert torch.equal(pm.load(folder).statistics, fit.statistics)
     else:
+        assert Path(replaced[0]).name == "fit.safetensors"  # the header last: it is what makes a fit
         with pytest.raises(ValueError, match="of another save"):
             pm.load(folder)
 

@@ -332,6 +332,30 @@ def test_a_fit_is_resumed_where_it_stopped(recs, tmp_path, monkeypatch, crash_at
     assert taken == []
 
 
+def test_the_last_good_state_after_a_resume_is_the_checkpoint(recs, tmp_path, monkeypatch):
+    """A first step that fails after a resume leaves the state that was saved, not the random one before it."""
+    model, guide = parts(recs)
+    options = {"warm_start": False, "num_steps": 6, "trials_per_step": 2, "progress": False}
+    states, original = [], Trainer.take_step
+
+    def take_step(self, *args):
+        if self.step == 4:
+            states.append({k: v.clone() for k, v in state(self.model, self.guide).items()})
+            raise Crash
+        original(self, *args)
+
+    monkeypatch.setattr(Trainer, "take_step", take_step)
+    with pytest.raises(Crash):
+        pm.fit(model, guide, recs, checkpoint=tmp_path, checkpoint_every=4, **options)
+    monkeypatch.setattr(Trainer, "take_step", original)
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", lambda *args, **kwargs: torch.tensor(float("nan")))
+    with pytest.raises(pm.NonFiniteLossError, match="at step 5") as caught:
+        pm.fit(model, guide, recs, checkpoint=tmp_path, checkpoint_every=4, **options)
+    fit = caught.value.fit
+    assert len(fit.history["step"]) == 4
+    assert [k for k, v in state(fit.model, fit.guide).items() if not torch.equal(v, states[0][k])] == []
+
+
 def test_checkpoints_do_not_change_the_fit(recs, tmp_path):
     model, guide = parts(recs)
     plain = pm.fit(model, guide, recs, **QUICK)

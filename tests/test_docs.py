@@ -1,0 +1,51 @@
+"""What the documentation shows runs: the examples of the docstrings, and the README's from top to bottom."""
+
+import doctest
+import importlib
+import pkgutil
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import pyro_metassm as pm
+
+ROOT = Path(__file__).parents[1]
+MODULES = sorted(
+    module.name
+    for module in pkgutil.walk_packages(pm.__path__, "pyro_metassm.")
+    if not module.name.endswith("__main__")
+)
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_examples_of_docstrings(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+    found = doctest.testmod(importlib.import_module(name), optionflags=doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE)
+    assert found.failed == 0
+
+
+def test_the_readme(tmp_path, monkeypatch):
+    """Its code blocks in one namespace, with fewer steps and small data in place of the reader's own."""
+    monkeypatch.chdir(tmp_path)
+    rng = np.random.default_rng(0)
+    for number, suffix in ((2, "npz"), (3, "nc")):
+        recording = pm.Recording(f"monkey_{number}", rng.poisson(0.5, (12, 15, 4)), bin_width=0.02)
+        (pm.io.write_npz if suffix == "npz" else pm.io.write_netcdf)(recording, f"monkey_{number}.{suffix}")
+    quick = {"num_steps=400": "num_steps=2, warm_start_steps=2, progress=False"}
+    quick["limit_cycles([2.5, 3.5, 5.0])"] = "limit_cycles([2.5, 3.5, 5.0], num_trials=8)"
+    namespace = {"spikes": rng.poisson(0.5, (12, 15, 5))}
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    assert len(blocks) == 3
+    for block in blocks:
+        for long, short in quick.items():
+            block = block.replace(long, short)
+        exec(compile(block, "README.md", "exec"), namespace)  # noqa: S102 - our own text
+    assert namespace["score"].dims == ("recording", "horizon_step")
+    assert pm.load("my_fit").names == namespace["fit"].names
+    edited = pm.fit(namespace["model"], pm.guides.DKF(namespace["model"]), namespace["recs"], num_steps=2,
+                    warm_start_steps=2, progress=False)  # fmt: skip
+    assert np.isfinite(edited.history["elbo"]).all()
