@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 
-import numpy as np
 import pyro
 import pyro.distributions as dist
 import torch
@@ -15,7 +14,7 @@ from pyro_metassm.distributions import MarkovPath
 from pyro_metassm.guides.encoders import EmbeddingEncoder, SetEncoder, smooth
 from pyro_metassm.models.meta_ssm import MetaSSM
 from pyro_metassm.neurons import ReadIn
-from pyro_metassm.recordings import Batch, Recordings
+from pyro_metassm.recordings import Batch
 
 
 class AmortizedGuide(nn.Module, ABC):
@@ -44,7 +43,9 @@ class AmortizedGuide(nn.Module, ABC):
         super().__init__()
         read_in_dim = max(16, 2 * model.latent_dim) if read_in_dim is None else read_in_dim
         if read_in_dim < model.latent_dim:
-            raise ValueError(f"read_in_dim: needed at least latent_dim = {model.latent_dim}, got {read_in_dim}")
+            raise ValueError(
+                f"read_in_dim: needed at least latent_dim = {model.latent_dim}, got {read_in_dim}"
+            )
         self._model = (model,)  # in a tuple: the guide does not own the model's parameters
         self.config = {
             "read_in_dim": read_in_dim,
@@ -55,15 +56,19 @@ class AmortizedGuide(nn.Module, ABC):
         self.encode_embedding = embedding_encoder(model.latent_dim, model.embedding_dim)
         self.detach_embedding = detach_embedding
         self.smoothing: Tensor
-        self.register_buffer("smoothing", torch.zeros(()))  # sd of the frame's Gaussian kernel, in bins; 0 is none
+        self.register_buffer(
+            "smoothing", torch.zeros(())
+        )  # sd of the frame's Gaussian kernel, in bins; 0 is none
 
     @property
     def model(self) -> MetaSSM:
         return self._model[0]
 
     @abstractmethod
-    def latents_posterior(self, ybar: Tensor, frame: Tensor, e: Tensor, prior: MarkovPath, batch: Batch) -> TorchDistribution:
-        """``q(z_k | y_k, e_i)``, event ``(time, latent_dim)``; ``ybar`` and ``frame`` are those of :meth:`common_space`."""
+    def latents_posterior(
+        self, ybar: Tensor, frame: Tensor, e: Tensor, prior: MarkovPath, batch: Batch
+    ) -> TorchDistribution:
+        """``q(z_k | y_k, e_i)``, event ``(time, latent_dim)``; ``ybar`` and ``frame`` as of :meth:`common_space`."""
 
     def embedding_posterior(self, statistics: Tensor) -> TorchDistribution:
         """``q(e_i | y)`` from the mean over trials of the encoder's means and variances ``(R, 2 embedding_dim)``."""

@@ -51,12 +51,17 @@ class DKF(AmortizedGuide):
         detach_embedding: bool = True,
     ):
         super().__init__(
-            model, read_in_dim=read_in_dim, embedding_encoder=embedding_encoder, detach_embedding=detach_embedding
+            model,
+            read_in_dim=read_in_dim,
+            embedding_encoder=embedding_encoder,
+            detach_embedding=detach_embedding,
         )
         if not 0 <= rollout_probability < 1:
             raise ValueError(f"rollout_probability: needed a number in [0, 1), got {rollout_probability!r}")
         self.config |= {
-            "common_dim": common_dim, "hidden_dim": hidden_dim, "rollout_probability": rollout_probability
+            "common_dim": common_dim,
+            "hidden_dim": hidden_dim,
+            "rollout_probability": rollout_probability,
         }
         channels = self.read_in.weight.shape[-1] + 1
         self.common: nn.Module | None = None
@@ -69,12 +74,14 @@ class DKF(AmortizedGuide):
             self.rnn.weight_out.mul_(0.1)
             self.rnn.bias_out[model.latent_dim :] = -2.3
 
-    def latents_posterior(self, ybar: Tensor, frame: Tensor, e: Tensor, prior: MarkovPath, batch: Batch) -> RolloutPath:
+    def latents_posterior(
+        self, ybar: Tensor, frame: Tensor, e: Tensor, prior: MarkovPath, batch: Batch
+    ) -> RolloutPath:
         common = ybar if self.common is None else self.common(ybar)
         shape = (*e.shape[:-2], batch.num_trials, batch.num_bins)
-        inputs = torch.cat([
-            common.expand(*shape, -1), frame.expand(*shape, -1), e.unsqueeze(-2).expand(*shape, -1)
-        ], -1)
+        inputs = torch.cat(
+            [common.expand(*shape, -1), frame.expand(*shape, -1), e.unsqueeze(-2).expand(*shape, -1)], -1
+        )
         lengths = batch.time_mask.sum(-1).expand(shape[:-1]).flatten()
         change, log_scale = self.rnn(inputs.flatten(0, -3), lengths).unflatten(0, shape[:-1]).chunk(2, -1)
         rollout = None

@@ -28,7 +28,11 @@ def smooth(x: Tensor, weight: Tensor, sd: float, leave_out: bool = False) -> Ten
 
     def along_time(values: Tensor) -> Tensor:
         rows = values.movedim(-1, -2)
-        return functional.conv1d(rows.reshape(-1, 1, rows.shape[-1]), kernel, padding=reach).reshape(rows.shape).movedim(-1, -2)
+        return (
+            functional.conv1d(rows.reshape(-1, 1, rows.shape[-1]), kernel, padding=reach)
+            .reshape(rows.shape)
+            .movedim(-1, -2)
+        )
 
     return along_time(x * weight) / along_time(weight).clamp(min=1e-6)
 

@@ -34,7 +34,9 @@ class _Recursion(torch.autograd.Function):
             product = torch.bmm(states[:, t], weight)
             torch.add(x[:, t, :, : 2 * width], product[..., : 2 * width], out=gates[:, t]).sigmoid_()
             torch.add(product[..., 2 * width :], bias, out=recurrent[:, t])
-            torch.addcmul(x[:, t, :, 2 * width :], gates[:, t, :, :width], recurrent[:, t], out=new[:, t]).tanh_()
+            torch.addcmul(
+                x[:, t, :, 2 * width :], gates[:, t, :, :width], recurrent[:, t], out=new[:, t]
+            ).tanh_()
             torch.lerp(new[:, t], states[:, t], gates[:, t, :, width:], out=states[:, t + 1])
         ctx.save_for_backward(weight, states, gates, new, recurrent)
         return states[:, 1:]
@@ -95,10 +97,14 @@ class BidirectionalGRU(nn.Module):
     def forward(self, x: Tensor, lengths: Tensor) -> Tensor:
         rows, steps, _ = x.shape
         x = x.transpose(0, 1)
-        both = torch.stack([x, _mirror(x, lengths)]).flatten(1, 2)  # (2, T B, in): time first, as the loop reads it
+        both = torch.stack([x, _mirror(x, lengths)]).flatten(
+            1, 2
+        )  # (2, T B, in): time first, as the loop reads it
         inputs = torch.baddbmm(self.bias_in.unsqueeze(1), both, self.weight_in).view(2, steps, rows, -1)
         states = _Recursion.apply(inputs, self.weight_hidden, self.bias_hidden)
-        ahead, back = torch.bmm(states.flatten(1, 2), self.weight_out * self.scale_out).view(2, steps, rows, -1)
+        ahead, back = torch.bmm(states.flatten(1, 2), self.weight_out * self.scale_out).view(
+            2, steps, rows, -1
+        )
         return (ahead + _mirror(back, lengths) + self.bias_out).transpose(0, 1)
 
 

@@ -88,7 +88,9 @@ class MetaSSM(PyroModule):
     ):
         with pyro.settings.context(module_local_params=True):
             super().__init__()
-        _check_sizes(latent_dim=latent_dim, embedding_dim=embedding_dim, hidden_dim=hidden_dim, rank=(rank, 0))
+        _check_sizes(
+            latent_dim=latent_dim, embedding_dim=embedding_dim, hidden_dim=hidden_dim, rank=(rank, 0)
+        )
         self.latent_dim, self.embedding_dim = latent_dim, embedding_dim
         self.config = {
             "latent_dim": latent_dim,
@@ -103,12 +105,17 @@ class MetaSSM(PyroModule):
         self.process_noise = DiagonalNoise(latent_dim, scale=0.1)
         self.read_out = ReadOut(self.neurons, latent_dim)
         self.observation = likelihood(self.neurons)
-        if isinstance(recordings, NeuronTable):  # sizes alone, as when a saved model is read: nothing to start from
+        if isinstance(
+            recordings, NeuronTable
+        ):  # sizes alone, as when a saved model is read: nothing to start from
             return
         for recording in recordings.values():
             self.observation.check(recording)
             if recording.inputs is not None:
-                warnings.warn(f"recording {recording.name!r} has inputs; MetaSSM's dynamics do not read them", stacklevel=2)
+                warnings.warn(
+                    f"recording {recording.name!r} has inputs; MetaSSM's dynamics do not read them",
+                    stacklevel=2,
+                )
         self.observation.start(recordings)
 
     @property
@@ -124,7 +131,7 @@ class MetaSSM(PyroModule):
         return dist.Normal(zero, 1.0).to_event(1)
 
     def adapt_dynamics(self, e: Tensor):
-        """The dynamics at embeddings ``e (..., R, 1, embedding_dim)``: a callable from states to next means (eq. 12)."""
+        """The dynamics at ``e (..., R, 1, embedding_dim)``: a callable from states to next means (eq. 12)."""
         return self.dynamics(e)
 
     def initial_state(self, e: Tensor) -> TorchDistribution:
@@ -176,9 +183,13 @@ def observed(y: TorchDistribution, mask: Tensor) -> TorchDistribution:
     """``y`` over ``(time, neuron)`` as one event, in which what was not observed counts nothing."""
     if len(y.event_shape) == 0:
         return y.mask(mask).to_event(2)
-    if len(y.event_shape) == 1:  # a joint distribution over the neurons: a bin counts if any neuron was observed
+    if (
+        len(y.event_shape) == 1
+    ):  # a joint distribution over the neurons: a bin counts if any neuron was observed
         return y.mask(mask.any(-1)).to_event(1)
-    raise ValueError(f"likelihood: needed a distribution of each neuron or over the neurons, got event shape {y.event_shape}")
+    raise ValueError(
+        f"likelihood: needed a distribution of each neuron or over the neurons, got event shape {y.event_shape}"
+    )
 
 
 def _check_sizes(**sizes) -> None:

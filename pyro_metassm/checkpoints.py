@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
+import zlib
 from pathlib import Path
 
-import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -27,15 +28,27 @@ def save(folder: str | Path, trainer) -> None:
     if trainer.device.type == "cuda":
         tensors["rng_cuda"] = torch.cuda.get_rng_state(trainer.device)
     tensors |= {f"history.{k}": torch.tensor(v, dtype=torch.float64) for k, v in trainer.history.items()}
-    groups = [{k: v for k, v in g.items() if k != "params"} | {"params": g["params"]} for g in optimizer["param_groups"]]
+    groups = [
+        {k: v for k, v in g.items() if k != "params"} | {"params": g["params"]}
+        for g in optimizer["param_groups"]
+    ]
     schedule = {k: v for k, v in trainer.schedule.state_dict().items() if isinstance(v, int | float | list)}
     header = {
-        "format": FORMAT, "specification": specification(trainer), "step": trainer.step, "seconds": trainer.seconds,
-        "groups": groups, "schedule": schedule, "numpy_rng": trainer.rng.bit_generator.state,
+        "format": FORMAT,
+        "specification": specification(trainer),
+        "step": trainer.step,
+        "seconds": trainer.seconds,
+        "groups": groups,
+        "schedule": schedule,
+        "numpy_rng": trainer.rng.bit_generator.state,
     }
     part = folder / "checkpoint.safetensors.part"
     # safetensors keeps the header beside the tensors: one file, so the two can never disagree.
-    save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, part, {"checkpoint": json.dumps(header)})
+    save_file(
+        {k: v.detach().cpu().contiguous() for k, v in tensors.items()},
+        part,
+        {"checkpoint": json.dumps(header)},
+    )
     with open(part, "rb+") as file:
         os.fsync(file.fileno())
     os.replace(part, folder / "checkpoint.safetensors")
@@ -53,8 +66,9 @@ def resume(folder: str | Path, trainer) -> bool:
     header, tensors = _read(path, trainer.device)
     if header["specification"] != specification(trainer):
         raise ValueError(
-            f"checkpoint {path}: needed the state of this fit, got that of another specification; choose another folder, "
-            f"or delete this one. This fit: {specification(trainer)}; the checkpoint's: {header['specification']}"
+            f"checkpoint {path}: needed the state of this fit, got that of another specification (it differs in "
+            f"{_differences(specification(trainer), header['specification'])}); "
+            "choose another folder, or delete this one"
         )
     trainer.model.load_state_dict(_part(tensors, "model."))
     trainer.guide.load_state_dict(_part(tensors, "guide."))
@@ -79,10 +93,29 @@ def specification(trainer) -> dict:
     shapes = {f"model.{k}": list(v.shape) for k, v in trainer.model.state_dict().items()}
     shapes |= {f"guide.{k}": list(v.shape) for k, v in trainer.guide.state_dict().items()}
     return {
-        "model": type(trainer.model).__name__, "guide": type(trainer.guide).__name__, "shapes": shapes,
-        "recordings": {name: list(r.values.shape) for name, r in trainer.recs.items()},
-        "num_steps": trainer.num_steps, "seed": trainer.seed, "trials_per_step": trainer.trials,
-        "recordings_per_step": trainer.recordings, "learning_rate": trainer.learning_rate,
+        "model": type(trainer.model).__name__,
+        "guide": type(trainer.guide).__name__,
+        "shapes": shapes,
+        "guide_options": {k: str(v) for k, v in trainer.guide.config.items()},
+        "recordings": {
+            name: [*r.values.shape, zlib.crc32(r.observations.tobytes())] for name, r in trainer.recs.items()
+        },
+        "options": dataclasses.asdict(trainer.options),
+    }
+
+
+def _differences(a: dict, b: dict) -> str:
+    """The entries, one level down, in which two specifications differ."""
+    here, there = _flat(a), _flat(b)
+    names = sorted(k for k in here | there if here.get(k) != there.get(k))
+    return ", ".join(f"{k}: {here.get(k)} here, {there.get(k)} there" for k in names[:5])
+
+
+def _flat(entries: dict) -> dict:
+    """One level of nested entries as ``outer.inner``."""
+    nested = {k: v for k, v in entries.items() if isinstance(v, dict)}
+    return {k: v for k, v in entries.items() if k not in nested} | {
+        f"{k}.{j}": w for k, v in nested.items() for j, w in v.items()
     }
 
 
@@ -94,10 +127,14 @@ def _read(path: Path, device: torch.device) -> tuple[dict, dict[str, torch.Tenso
             header = json.loads((file.metadata() or {}).get("checkpoint", "null"))
         tensors = load_file(path, device=str(device))
     except (SafetensorError, OSError, ValueError) as error:
-        raise ValueError(f"checkpoint {path}: needed a safetensors file of a fit, got one that cannot be read: {error}") from error
+        raise ValueError(
+            f"checkpoint {path}: needed a safetensors file of a fit, got one that cannot be read: {error}"
+        ) from error
     if not isinstance(header, dict) or header.get("format") != FORMAT:
         found = header.get("format") if isinstance(header, dict) else None
-        raise ValueError(f"checkpoint {path}: needed format {FORMAT}, got {found}; it was written by another version")
+        raise ValueError(
+            f"checkpoint {path}: needed format {FORMAT}, got {found}; it was written by another version"
+        )
     return header, tensors
 
 

@@ -21,14 +21,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="metassm", description="Meta-dynamical state space models of many recordings.")
+    parser = argparse.ArgumentParser(
+        prog="metassm", description="Meta-dynamical state space models of many recordings."
+    )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     demo = commands.add_parser("demo", help="simulate four limit cycles, fit, forecast, draw pictures")
     demo.add_argument("--out", default="demo", help="folder to write into (default: demo)")
     demo.add_argument("--seed", type=int, default=0)
-    demo.add_argument("--steps", type=int, default=300, dest="num_steps", help="steps of SVI after the warm start")
-    demo.add_argument("--trials", type=int, default=128, dest="num_trials", help="trials simulated of each recording")
+    demo.add_argument(
+        "--steps", type=int, default=300, dest="num_steps", help="steps of SVI after the warm start"
+    )
+    demo.add_argument(
+        "--trials", type=int, default=128, dest="num_trials", help="trials simulated of each recording"
+    )
     demo.set_defaults(command=_demo)
 
     fit = commands.add_parser("fit", help="fit recordings from .npz or netCDF files together")
@@ -37,7 +43,9 @@ def _parser() -> argparse.ArgumentParser:
     fit.add_argument("--latent-dim", type=int, default=8)
     fit.add_argument("--embedding-dim", type=int, default=2)
     fit.add_argument("--rank", type=int, default=2)
-    fit.add_argument("--likelihood", choices=("gaussian", "poisson", "negative-binomial"), help="default: by the data")
+    fit.add_argument(
+        "--likelihood", choices=("gaussian", "poisson", "negative-binomial"), help="default: by the data"
+    )
     fit.add_argument("--steps", type=int, default=1000, dest="num_steps")
     fit.add_argument("--trials-per-step", type=int, default=32)
     fit.add_argument("--learning-rate", type=float, default=1e-2)
@@ -49,7 +57,9 @@ def _parser() -> argparse.ArgumentParser:
     fit.add_argument("--device", default="auto")
     fit.set_defaults(command=_fit)
 
-    forecast = commands.add_parser("forecast", help="forecast trials in files with a saved fit that knows them")
+    forecast = commands.add_parser(
+        "forecast", help="forecast trials in files with a saved fit that knows them"
+    )
     forecast.add_argument("run", help="folder that `metassm fit` or Fit.save wrote")
     forecast.add_argument("files", nargs="+", metavar="FILE")
     forecast.add_argument("--out", required=True, help="netCDF file to write")
@@ -68,7 +78,10 @@ def _demo(out: str, **options) -> None:
     from pyro_metassm.experiments import demo
 
     numbers = demo.run(out, **options)
-    print(f"\n{'recording':12}{'reconstruction':>16}" + "".join(f"{'k = ' + k:>10}" for k in numbers["forecast_r2"]))
+    print(
+        f"\n{'recording':12}{'reconstruction':>16}"
+        + "".join(f"{'k = ' + k:>10}" for k in numbers["forecast_r2"])
+    )
     for name, value in numbers["reconstruction_r2"].items():
         row = "".join(f"{scores[name]:>10.4f}" for scores in numbers["forecast_r2"].values())
         print(f"{name:12}{value:>16.4f}{row}")

@@ -28,7 +28,7 @@ class MarkovPath(TorchDistribution):
             trials only: a bin that exists and was not observed stays True (it still links its neighbours).
 
     Raises:
-        ValueError: if ``initial`` is not over a vector, ``num_steps < 1``, or the mask's last size is not ``num_steps``.
+        ValueError: ``initial`` not over a vector, ``num_steps < 1``, or a mask of another number of bins.
 
     Example:
         >>> initial = dist.Normal(torch.zeros(2), 1.0).to_event(1)
@@ -50,7 +50,8 @@ class MarkovPath(TorchDistribution):
     ):
         if len(initial.event_shape) != 1:
             raise ValueError(
-                f"MarkovPath needs an initial distribution with event shape (latent_dim,), got {tuple(initial.event_shape)}; "
+                "MarkovPath needs an initial distribution with event shape (latent_dim,), got "
+                f"{tuple(initial.event_shape)}; "
                 "use .to_event(1)"
             )
         if num_steps < 1:
@@ -60,8 +61,15 @@ class MarkovPath(TorchDistribution):
         batch_shape = initial.batch_shape
         if mask is not None:
             batch_shape = torch.broadcast_shapes(batch_shape, mask.shape[:-1])
-        self.initial, self.transition, self.num_steps, self.mask_of_bins = initial, transition, num_steps, mask
-        super().__init__(batch_shape, torch.Size((num_steps, *initial.event_shape)), validate_args=validate_args)
+        self.initial, self.transition, self.num_steps, self.mask_of_bins = (
+            initial,
+            transition,
+            num_steps,
+            mask,
+        )
+        super().__init__(
+            batch_shape, torch.Size((num_steps, *initial.event_shape)), validate_args=validate_args
+        )
 
     @property
     def has_rsample(self) -> bool:
@@ -120,7 +128,9 @@ class RolloutPath(TorchDistribution):
     support = constraints.independent(constraints.real, 2)
     has_rsample = True
 
-    def __init__(self, loc: Tensor, scale: Tensor, prior: MarkovPath, rollout: Tensor | None = None, validate_args=None):
+    def __init__(
+        self, loc: Tensor, scale: Tensor, prior: MarkovPath, rollout: Tensor | None = None, validate_args=None
+    ):
         batch_shape = torch.broadcast_shapes(loc.shape[:-2], prior.batch_shape)
         if rollout is not None:
             rollout = rollout.clone()
@@ -131,7 +141,9 @@ class RolloutPath(TorchDistribution):
 
     def expand(self, batch_shape, _instance=None) -> RolloutPath:
         shape = (*batch_shape, *self.event_shape)
-        return RolloutPath(self.loc.expand(shape), self.scale.expand(shape), self.prior, self.rollout, validate_args=False)
+        return RolloutPath(
+            self.loc.expand(shape), self.scale.expand(shape), self.prior, self.rollout, validate_args=False
+        )
 
     def rsample(self, sample_shape: torch.Size = torch.Size()) -> Tensor:
         shape = (*sample_shape, *self.batch_shape, *self.event_shape)
@@ -140,7 +152,9 @@ class RolloutPath(TorchDistribution):
             return z
         depth = _run_depth(self.rollout)
         for level in range(1, int(depth.max()) + 1):
-            bins = _padded_positions(depth == level).expand(*z.shape[:-2], -1)  # (..., W); padding = num_steps
+            bins = _padded_positions(depth == level).expand(
+                *z.shape[:-2], -1
+            )  # (..., W); padding = num_steps
             index = bins.unsqueeze(-1).expand(*bins.shape, z.shape[-1])
             before = z.gather(-2, index - 1)
             after = self.prior.transition(before).rsample()
@@ -163,7 +177,9 @@ class RolloutPath(TorchDistribution):
         kl = first.unsqueeze(-1)
         if prior.num_steps > 1:
             successor = prior.transition(value[..., :-1, :])
-            kl = _along_time(first, _kl_or_sampled(self._encoder(slice(1, None)), successor, value[..., 1:, :]))
+            kl = _along_time(
+                first, _kl_or_sampled(self._encoder(slice(1, None)), successor, value[..., 1:, :])
+            )
         if self.rollout is not None:
             kl = kl.masked_fill(self.rollout, 0.0)
         return prior.masked(kl).sum(-1)

@@ -22,7 +22,9 @@ class LowRankHypernetwork(nn.Module):
         hidden_dim: width of the trunk.
     """
 
-    def __init__(self, embedding_dim: int, shapes: Sequence[tuple[int, int]], rank: int, hidden_dim: int = 32):
+    def __init__(
+        self, embedding_dim: int, shapes: Sequence[tuple[int, int]], rank: int, hidden_dim: int = 32
+    ):
         super().__init__()
         self.shapes, self.rank = tuple(shapes), rank
         self.trunk = nn.Sequential(nn.Linear(embedding_dim, hidden_dim), nn.SiLU())

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import pyro
 import torch
 from pyro import poutine
 from pyro.distributions.util import scale_and_mask
@@ -66,7 +65,9 @@ class SequentialELBO(ELBO):
                 term = -scale_and_mask(divergence, site["scale"], site["mask"])
                 kl[name] = -term.sum()
             if term.dim() >= 2:  # inside the recording plate
-                by_recording = by_recording + term.sum(tuple(d for d in range(term.dim()) if d != term.dim() - 2))
+                by_recording = by_recording + term.sum(
+                    tuple(d for d in range(term.dim()) if d != term.dim() - 2)
+                )
         elbo = log_likelihood - sum(kl.values())
         return Terms(elbo, log_likelihood, kl, by_recording.detach(), guide_trace.nodes["embedding"]["value"])
 
@@ -104,12 +105,14 @@ def check_sites(model_trace: poutine.Trace, guide_trace: poutine.Trace) -> None:
     unknown -= {n for n in unknown if guide_trace.nodes[n]["infer"].get("is_auxiliary")}
     if lacking:
         raise ValueError(
-            f"the guide lacks the model's latent site(s) {sorted(lacking)}; needed a posterior for each: subclass the guide "
-            "and sample them in its forward before calling super().forward(batch), e.g. "
+            f"the guide lacks the model's latent site(s) {sorted(lacking)}; needed a posterior for each: subclass "
+            "the guide and sample them in its forward before calling super().forward(batch), e.g. "
             "pyro.sample(name, dist.Delta(parameter).to_event(...)), or make them parameters of the model"
         )
     if unknown:
-        raise ValueError(f"the guide samples {sorted(unknown)}, which the model does not have; remove them from the guide")
+        raise ValueError(
+            f"the guide samples {sorted(unknown)}, which the model does not have; remove them from the guide"
+        )
     for name in sorted(latent(model_trace)):
         p, q = (tuple(trace.nodes[name]["fn"].batch_shape) for trace in (model_trace, guide_trace))
         if p != q:  # its KL would be counted as often as the larger of the two

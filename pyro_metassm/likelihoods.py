@@ -35,10 +35,10 @@ class Likelihood(nn.Module, ABC):
     def forward(self, predictor: Tensor, recording: Tensor) -> TorchDistribution:
         """``predictor (..., R, K, T, neuron)`` and its recordings' rows ``(R,)`` to a distribution of that shape."""
 
-    def check(self, recording: Recording) -> None:  # noqa: B027 - no restriction unless a family states one
+    def check(self, recording: Recording) -> None:
         """Raise ``ValueError`` if this family cannot have produced the recording."""
 
-    def start(self, recordings: Recordings) -> None:  # noqa: B027 - as above
+    def start(self, recordings: Recordings) -> None:
         """Start the parameters of neurons from the data."""
 
     def by_neuron(self, parameter: Tensor, predictor: Tensor, recording: Tensor) -> Tensor:
@@ -89,7 +89,9 @@ class _Counts(Likelihood):
     def start(self, recordings: Recordings) -> None:
         for name, recording in recordings.items():
             peak = np.maximum(recording.values.max(axis=(0, 1)), 1.0)
-            self.log_ceiling[self.neurons.slice(name)] = torch.as_tensor(np.log(2.0 * peak)).to(self.log_ceiling)
+            self.log_ceiling[self.neurons.slice(name)] = torch.as_tensor(np.log(2.0 * peak)).to(
+                self.log_ceiling
+            )
 
 
 class Poisson(_Counts):

@@ -87,14 +87,18 @@ class NeuronTable(nn.Module):
         """Rows of the flat table for the first ``width`` neurons of each recording, padded with row 0."""
         return self.index[recording, :width]
 
-    def gather(self, parameter: Float[Tensor, "total ..."], recording: Int[Tensor, " R"], width: int) -> Tensor:
+    def gather(
+        self, parameter: Float[Tensor, "total ..."], recording: Int[Tensor, " R"], width: int
+    ) -> Tensor:
         """Rows of ``parameter`` as a padded tensor ``(R, width, ...)``."""
         rows = self.rows(recording, width)
         return parameter.index_select(0, rows.reshape(-1)).reshape(*rows.shape, *parameter.shape[1:])
 
 
 def linear_by_recording(
-    x: Float[Tensor, "... R K T inp"], weight: Float[Tensor, "R inp out"], bias: Float[Tensor, "R out"] | None = None
+    x: Float[Tensor, "... R K T inp"],
+    weight: Float[Tensor, "R inp out"],
+    bias: Float[Tensor, "R out"] | None = None,
 ) -> Float[Tensor, "... R K T out"]:
     """``x_r W_r + b_r`` for every recording, as one batched product over (draws,) trials and bins."""
     lead, (num, trials, bins, _) = x.shape[:-4], x.shape[-4:]
@@ -130,10 +134,10 @@ class ReadOut(nn.Module):
 class ReadIn(nn.Module):
     """Linear read-in, ``ybar = sqrt(N_i) mean_n ((s(y_n) - m_n) / c_i) W_n + b_i`` over the neurons seen (eq. 14).
 
-    ``s`` is the square root for counts (it evens out their noise) and the identity otherwise; ``m_i`` are the means of
-    the neurons and ``c_i`` the scale of the recording, both set once by :meth:`start`. Missing bins and held-out neurons
-    contribute nothing; a mean over those seen does not shrink when a few are missing. The root of the number of neurons
-    keeps weights of order one, so that the same learning rate suits ten neurons and a thousand.
+    ``s`` is the square root for counts (it evens out their noise) and the identity otherwise; ``m_n`` are the means of
+    the neurons and ``c_i`` the scale of the recording, both set once by :meth:`start`. Missing bins and held-out
+    neurons contribute nothing; a mean over those seen does not shrink when a few are missing. The root of the number
+    of neurons keeps weights of order one, so that the same learning rate suits ten neurons and a thousand.
 
     Args:
         neurons: the table of all neurons.
@@ -181,10 +185,16 @@ class ReadIn(nn.Module):
         features = torch.where(counts, observations.clamp(min=0).sqrt(), observations)
         return (features - center) / scale * seen
 
-    def forward(self, observations: Tensor, seen: Tensor, recording: Tensor, held_in: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, observations: Tensor, seen: Tensor, recording: Tensor, held_in: Tensor
+    ) -> tuple[Tensor, Tensor]:
         weight = self.neurons.gather(self.weight, recording, observations.shape[-1])
         count = seen.sum(-1, keepdim=True).to(weight.dtype)
         known = held_in.sum(-1).clamp(min=1)[:, None, None, None].to(weight.dtype)
         share = count / known
-        ybar = linear_by_recording(self.features(observations, seen, recording), weight) * known.sqrt() / count.clamp(min=1)
+        ybar = (
+            linear_by_recording(self.features(observations, seen, recording), weight)
+            * known.sqrt()
+            / count.clamp(min=1)
+        )
         return (ybar + self.bias[recording][:, None, None, :]) * (share > 0), share

@@ -134,7 +134,7 @@ def forecast(
         seed: of the draws.
 
     Returns:
-        a tree as :func:`posterior`'s, with ``predictions`` (``latents``, ``rates``; and ``observations`` if asked for) over
+        a tree as :func:`posterior`'s, with ``predictions`` (``latents``, ``rates``; ``observations`` if asked for) over
         the forecast bins in place of ``posterior``, and ``observed_data`` there (NaN where there is none).
 
     Raises:
@@ -161,11 +161,17 @@ def forecast(
                 values["observations"][where] = to_numpy(y.sample()[:, 0])
         embeddings[name] = embedding
         window = slice(context, context + horizon)
-        children[name] = trees.recording_groups(recording, {"predictions": values}, recs.truth.get(name), rows, window)
-    return trees.tree(embeddings, children, fit.history, {"seed": seed, "context": context, "horizon": horizon})
+        children[name] = trees.recording_groups(
+            recording, {"predictions": values}, recs.truth.get(name), rows, window
+        )
+    return trees.tree(
+        embeddings, children, fit.history, {"seed": seed, "context": context, "horizon": horizon}
+    )
 
 
-def prior_predictive(model: MetaSSM, recs: Recordings, *, num_samples: int = 100, seed: int = 0) -> xr.DataTree:
+def prior_predictive(
+    model: MetaSSM, recs: Recordings, *, num_samples: int = 100, seed: int = 0
+) -> xr.DataTree:
     """Draws of the model before it has seen data, in the shape of the recordings given.
 
     Args:
@@ -206,8 +212,14 @@ def prior_predictive(model: MetaSSM, recs: Recordings, *, num_samples: int = 100
 
 
 def posterior_chunks(
-    fit: Fit, recs: Recordings, name: str, num_samples: int, seed: int, chunk_size: int | None = None,
-    rows: list[int] | None = None, context: int | None = None,
+    fit: Fit,
+    recs: Recordings,
+    name: str,
+    num_samples: int,
+    seed: int,
+    chunk_size: int | None = None,
+    rows: list[int] | None = None,
+    context: int | None = None,
 ) -> Iterator[Chunk]:
     """Draws of the guide for one recording, some trials and draws at a time; ``context`` cuts the trials there.
 
@@ -242,7 +254,14 @@ def posterior_chunks(
 
 
 def forecast_chunks(
-    fit: Fit, recs: Recordings, name: str, rows: list[int], context: int, horizon: int, num_samples: int, seed: int,
+    fit: Fit,
+    recs: Recordings,
+    name: str,
+    rows: list[int],
+    context: int,
+    horizon: int,
+    num_samples: int,
+    seed: int,
     chunk_size: int | None = None,
 ) -> Iterator[Chunk]:
     """As :func:`posterior_chunks`, with the latents of the ``horizon`` bins after ``context``."""
@@ -270,8 +289,9 @@ def forecast_trials(recs: Recordings, name: str, context: int) -> list[int]:
         )
     if len(rows) < len(lengths):
         warnings.warn(
-            f"recording {name!r}: {len(lengths) - len(rows)} of {len(lengths)} trials end before context = {context} and are "
-            "not forecast", stacklevel=3,
+            f"recording {name!r}: {len(lengths) - len(rows)} of {len(lengths)} trials end before context = {context} "
+            "and are not forecast",
+            stacklevel=3,
         )
     return rows
 

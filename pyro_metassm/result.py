@@ -63,12 +63,17 @@ class Fit:
         )
 
 
-def trial_chunks(recs: Recordings, name: str, num_draws: int = 1, elements: int = ELEMENTS) -> list[list[int]]:
+def trial_chunks(
+    recs: Recordings, name: str, num_draws: int = 1, elements: int = ELEMENTS
+) -> list[list[int]]:
     """Trials of a recording in chunks of at most ``elements`` observations times draws, at least one trial each."""
     recording = recs[name]
     per_trial = num_draws * recording.num_bins * recording.num_neurons
     size = max(1, elements // per_trial)
-    return [list(range(first, min(first + size, recording.num_trials))) for first in range(0, recording.num_trials, size)]
+    return [
+        list(range(first, min(first + size, recording.num_trials)))
+        for first in range(0, recording.num_trials, size)
+    ]
 
 
 def embedding_statistics(model, guide, recs: Recordings) -> Tensor:
@@ -102,7 +107,11 @@ def recording_statistics(
         if not chunk:
             continue
         batch = recs.batch(
-            guide.model.names, names=[name], trials={name: chunk}, dtype=parameter.dtype, device=parameter.device
+            guide.model.names,
+            names=[name],
+            trials={name: chunk},
+            dtype=parameter.dtype,
+            device=parameter.device,
         )
         batch = batch if context is None else batch.first_bins(context)
         _, frame, share = guide.common_space(batch)

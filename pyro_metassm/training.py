@@ -6,6 +6,7 @@ import copy
 import math
 import time
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,8 @@ import xarray as xr
 from torch import nn
 from tqdm.auto import tqdm
 
-from pyro_metassm import checkpoints, warm_start as starts
+from pyro_metassm import checkpoints
+from pyro_metassm import warm_start as starts
 from pyro_metassm.elbo import SequentialELBO
 from pyro_metassm.guides.base import AmortizedGuide
 from pyro_metassm.models.meta_ssm import MetaSSM
@@ -59,7 +61,7 @@ def fit(
     r"""Fit a model and its guide by maximising the ELBO (eq. 17).
 
     With ``warm_start`` the frames, read-outs, dynamics and embeddings are first started from the data (noise-free
-    roll-outs of the dynamics in tied frames), then the full model is trained by SVI: Adam with one cycle of the learning
+    roll-outs of the dynamics in tied frames), then the full model is trained by SVI: Adam, one cycle of the learning
     rate, gradient clipping, sub-sampled trials. The arguments are left as they were: the result holds trained copies.
 
     Args:
@@ -72,7 +74,7 @@ def fit(
         learning_rate: peak of the cycle; after a warm start the dynamics take a tenth of it.
         warm_start: start from the data; False for a random start.
         warm_start_steps: steps of the dynamics-first stage.
-        validation: recordings (other trials) whose ELBO is taken every ``validation_every`` steps.
+        validation: recordings (other trials) whose ELBO, without roll-outs, is taken every ``validation_every`` steps.
         clip_norm: largest norm of the gradient of the ELBO per observed number.
         update_penalty: weight of the squared norm of the embedding's updates of the dynamics, per observed number.
         seed: of everything random in the fit; the same seed on one machine gives the same numbers.
@@ -100,7 +102,7 @@ def fit(
     """
     _check_numbers(num_steps=num_steps, warm_start_steps=warm_start_steps)
     _check_numbers(1, validation_every=validation_every, checkpoint_every=checkpoint_every)
-    if not (0 < learning_rate < math.inf and 0 < clip_norm and 0 <= update_penalty):
+    if not (0 < learning_rate < math.inf and clip_norm > 0 and update_penalty >= 0):
         raise ValueError(
             "fit: needed a positive learning_rate and clip_norm and an update_penalty of at least 0, "
             f"got {learning_rate}, {clip_norm} and {update_penalty}"
@@ -109,26 +111,38 @@ def fit(
         model.neurons.check([recording.name], [recording.num_neurons])
         model.observation.check(recording)
     chosen = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
+    options = Options(
+        num_steps,
+        trials_per_step,
+        recordings_per_step,
+        learning_rate,
+        warm_start,
+        warm_start_steps,
+        clip_norm,
+        update_penalty,
+        seed,
+    )
     model, guide = copy.deepcopy((model, guide))
     model.to(chosen).train(), guide.to(chosen).train()
     guide.read_in.start(recs)
     threads = num_threads or _choose_threads(model, recs, trials_per_step)
     with _threads(threads), torch.random.fork_rng([chosen] if chosen.type == "cuda" else []):
         torch.manual_seed(seed)
-        trainer = Trainer(
-            model, guide, recs, learning_rate, num_steps, trials=trials_per_step, recordings=recordings_per_step,
-            after_start=warm_start, seed=seed, device=chosen,
-        )
+        trainer = Trainer(model, guide, recs, options, chosen)
         trainer.check_program()
         with tqdm(total=num_steps, disable=not progress, desc="fit", dynamic_ncols=True) as bar:
             if not (checkpoint is not None and checkpoints.resume(checkpoint, trainer)) and warm_start:
-                trainer.warm_start(warm_start_steps, bar)
+                trainer.warm_start(bar)
             bar.update(trainer.step)
             while trainer.step < num_steps:
-                trainer.take_step(clip_norm, update_penalty)
-                if validation is not None and (trainer.step % validation_every == 0 or trainer.step == num_steps):
+                trainer.take_step()
+                if validation is not None and (
+                    trainer.step % validation_every == 0 or trainer.step == num_steps
+                ):
                     trainer.validate(validation)
-                if checkpoint is not None and (trainer.step % checkpoint_every == 0 or trainer.step == num_steps):
+                if checkpoint is not None and (
+                    trainer.step % checkpoint_every == 0 or trainer.step == num_steps
+                ):
                     checkpoints.save(checkpoint, trainer)
                 bar.update()
                 if trainer.step % 10 == 0:
@@ -136,14 +150,29 @@ def fit(
         return trainer.result()
 
 
+@dataclass(frozen=True)
+class Options:
+    """What decides the course of a fit, besides model, guide and data; as the arguments of :func:`fit`."""
+
+    num_steps: int
+    trials_per_step: int | None
+    recordings_per_step: int | None
+    learning_rate: float
+    warm_start: bool
+    warm_start_steps: int
+    clip_norm: float
+    update_penalty: float
+    seed: int
+
+
 class Trainer:
     """The state of a fit between two steps, and how it takes one."""
 
-    def __init__(self, model, guide, recs, learning_rate, num_steps, *, trials, recordings, after_start, seed, device):
-        self.model, self.guide, self.recs, self.device = model, guide, recs, device
-        self.trials, self.recordings, self.seed = trials, recordings, seed
-        self.learning_rate, self.num_steps = learning_rate, num_steps
-        self.rng = np.random.default_rng(seed)
+    def __init__(
+        self, model: MetaSSM, guide: AmortizedGuide, recs: Recordings, options: Options, device: torch.device
+    ):
+        self.model, self.guide, self.recs, self.options, self.device = model, guide, recs, options, device
+        self.rng = np.random.default_rng(options.seed)
         self.elbo = SequentialELBO()
         self.step = 0
         self.history: dict[str, list[float]] = {}
@@ -152,13 +181,14 @@ class Trainer:
         slow = {id(p) for p in dynamics}
         rest = [p for p in (*model.parameters(), *guide.parameters()) if id(p) not in slow]
         # What the start has learned of the dynamics is better than what early SVI steps would make of it.
-        rates = [learning_rate * (SLOW if after_start else 1.0), learning_rate]
+        rates = [options.learning_rate * (SLOW if options.warm_start else 1.0), options.learning_rate]
         groups = [{"params": p, "lr": r} for p, r in zip((dynamics, rest), rates, strict=True)]
         self.optimizer = torch.optim.Adam(groups, betas=(0.9, 0.99))
-        self.schedule = one_cycle(self.optimizer, num_steps)
+        self.schedule = one_cycle(self.optimizer, options.num_steps)
         self.parameters = [*dynamics, *rest]
         self.last_good = [p.detach().clone() for p in self.parameters]
-        self.scale = sum(float(r.mask.sum()) for r in recs.values())  # numbers observed: the loss is per number
+        self.scale = _observed_numbers(recs)  # the loss is per number observed
+        self.validated: float | None = None
 
     @property
     def dtype(self) -> torch.dtype:
@@ -176,10 +206,10 @@ class Trainer:
         with torch.random.fork_rng(), torch.no_grad(), pyro.validation_enabled(True):
             self.elbo.terms(self.model, self.guide, batch)
 
-    def warm_start(self, num_steps: int, bar: tqdm) -> None:
+    def warm_start(self, bar: tqdm) -> None:
         """The start from the data (:mod:`pyro_metassm.warm_start`)."""
         begin = time.perf_counter()
-        total, done = bar.total, 0
+        num_steps, total, done = self.options.warm_start_steps, bar.total, 0
         bar.reset(num_steps)
         bar.set_description("start")
 
@@ -191,30 +221,38 @@ class Trainer:
                 bar.set_postfix({"roll-out error": f"{loss:.3g}"}, refresh=False)
 
         starts.initialise(
-            self.model, self.guide, self.recs, num_steps=num_steps, seed=self.seed, device=self.device, on_step=on_step
+            self.model,
+            self.guide,
+            self.recs,
+            num_steps=num_steps,
+            seed=self.options.seed,
+            device=self.device,
+            on_step=on_step,
         )
         bar.reset(total)
         bar.set_description("fit")
         self.keep()
         self.seconds["warm_start"] = time.perf_counter() - begin
 
-    def take_step(self, clip_norm: float, update_penalty: float) -> None:
+    def take_step(self) -> None:
         """One step of SVI on a random batch."""
         begin = time.perf_counter()
-        names, trials = sample_trials(self.recs, self.trials, self.rng, self.recordings)
+        names, trials = sample_trials(
+            self.recs, self.options.trials_per_step, self.rng, self.options.recordings_per_step
+        )
         with pyro.validation_enabled(False):
             terms = self.elbo.terms(self.model, self.guide, self.batch(names=names, trials=trials))
         loss = -terms.elbo / self.scale
-        if update_penalty:
+        if self.options.update_penalty:
             dynamics = self.model.adapt_dynamics(terms.embedding)
             if hasattr(dynamics, "update_norm"):
-                loss = loss + update_penalty * dynamics.update_norm()
+                loss = loss + self.options.update_penalty * dynamics.update_norm()
         if not torch.isfinite(loss):
             bad = [n for n, v in zip(names, terms.by_recording.tolist(), strict=True) if not math.isfinite(v)]
             raise self.stopped("loss", bad)
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
-        norm = nn.utils.clip_grad_norm_(self.parameters, clip_norm)
+        norm = nn.utils.clip_grad_norm_(self.parameters, self.options.clip_norm)
         if not torch.isfinite(norm):
             raise self.stopped("gradient", list(names))
         self.keep()
@@ -224,9 +262,12 @@ class Trainer:
         seconds = time.perf_counter() - begin
         self.seconds["svi"] += seconds
         self.record(
-            elbo=terms.elbo.item(), log_likelihood=terms.log_likelihood.item(),
+            elbo=terms.elbo.item(),
+            log_likelihood=terms.log_likelihood.item(),
             **{f"kl_{site}": kl.item() for site, kl in terms.kl.items()},
-            gradient_norm=norm.item(), learning_rate=self.optimizer.param_groups[-1]["lr"], seconds=seconds,
+            gradient_norm=norm.item(),
+            learning_rate=self.optimizer.param_groups[-1]["lr"],
+            seconds=seconds,
         )
 
     def keep(self) -> None:
@@ -242,7 +283,8 @@ class Trainer:
             column.append(value)
 
     def validate(self, validation: Recordings) -> None:
-        """The ELBO of other trials, per trial of theirs, without roll-outs."""
+        """The ELBO of other trials, without roll-outs (so that per number it may lie above the training's)."""
+        self.validated = _observed_numbers(validation)
         self.guide.eval()
         with torch.random.fork_rng(), torch.no_grad(), pyro.validation_enabled(False):
             value = -self.elbo.loss(self.model, self.guide, self.batch(validation))
@@ -258,8 +300,9 @@ class Trainer:
             for kept, parameter in zip(self.last_good, self.parameters, strict=True):
                 parameter.copy_(kept)
         return NonFiniteLossError(
-            f"fit: the {what} was not finite at step {self.step + 1}, recording(s) {', '.join(names) or 'unknown'}; the last "
-            "good state is in this error's .fit; try a smaller learning_rate, or look for extreme values in these recordings",
+            f"fit: the {what} was not finite at step {self.step + 1}, recording(s) {', '.join(names) or 'unknown'}; "
+            "the last good state is in this error's .fit; try a smaller learning_rate, or look for extreme values "
+            "in these recordings",
             self.result(),
         )
 
@@ -270,14 +313,19 @@ class Trainer:
         size = max((len(column) for column in self.history.values()), default=0)
         columns = {n: ("step", np.array(c + [math.nan] * (size - len(c)))) for n, c in self.history.items()}
         attrs = {f"{k}_seconds": v for k, v in self.seconds.items()} | {"num_observed": self.scale}
+        attrs |= {} if self.validated is None else {"num_observed_validation": self.validated}
         history = xr.Dataset(columns, coords={"step": np.arange(1, size + 1)}, attrs=attrs)
-        return Fit(self.model, self.guide, history, statistics, seed=self.seed)
+        return Fit(self.model, self.guide, history, statistics, seed=self.options.seed)
 
 
 def _check_numbers(least: int = 0, **numbers: int) -> None:
     for name, number in numbers.items():
         if not isinstance(number, int | np.integer) or number < least:
             raise ValueError(f"{name}: needed an integer of at least {least}, got {number!r}")
+
+
+def _observed_numbers(recs: Recordings) -> float:
+    return float(sum(recording.mask.sum() for recording in recs.values()))
 
 
 @contextmanager

@@ -80,7 +80,9 @@ def recording_groups(
         if "latents" in variables:
             group_coords["latent_dim"] = np.arange(variables["latents"].shape[-1])
         result[group] = xr.Dataset(data, group_coords)
-    seen = {"observations": (DIMS["observations"], _window(recording.observations, rows, bins).astype(np.float32))}
+    seen = {
+        "observations": (DIMS["observations"], _window(recording.observations, rows, bins).astype(np.float32))
+    }
     result["observed_data"] = xr.Dataset(seen, coords)
     result["constant_data"] = _constant_data(recording, rows, bins, coords, truth)
     return result
@@ -111,7 +113,9 @@ def _constant_data(recording, rows, bins, coords, truth) -> xr.Dataset:
     if recording.behavior is not None:
         data["behavior"] = (("trial", "time", "behavior_dim"), _window(recording.behavior, rows, bins))
         names = recording.attrs.get("behavior_names")
-        extra["behavior_dim"] = np.arange(recording.behavior.shape[-1]) if names is None else list(map(str, names))
+        extra["behavior_dim"] = (
+            np.arange(recording.behavior.shape[-1]) if names is None else list(map(str, names))
+        )
     if recording.inputs is not None:
         data["inputs"] = (("trial", "time", "input_dim"), _window(recording.inputs, rows, bins))
     if truth is not None:
@@ -122,7 +126,10 @@ def _constant_data(recording, rows, bins, coords, truth) -> xr.Dataset:
             elif set(variable.dims) & {"trial", "time"}:
                 continue
             else:
-                values, dims = variable.values, tuple("truth_dim" if d == "latent_dim" else d for d in variable.dims)
+                values, dims = (
+                    variable.values,
+                    tuple("truth_dim" if d == "latent_dim" else d for d in variable.dims),
+                )
             data[f"true_{name}"] = (dims, values)
     return xr.Dataset(data, coords | extra)
 
@@ -131,7 +138,7 @@ def to_arviz(tree: xr.DataTree, recording: str | None = None):
     """What the installed ArviZ reads: `InferenceData` for 0.x, the tree itself for 1.x.
 
     Args:
-        tree: from :func:`pyro_metassm.posterior`, :func:`pyro_metassm.forecast` or :func:`pyro_metassm.prior_predictive`.
+        tree: from :func:`pyro_metassm.posterior`, ``forecast`` or ``prior_predictive``.
         recording: take this recording's groups; None takes the groups shared by all (the embeddings).
 
     Raises:

@@ -18,7 +18,9 @@ from pyro_metassm.guides.encoders import smooth
 from pyro_metassm.recordings import Batch, Recordings
 from pyro_metassm.schedules import one_cycle
 
-RIDGE = 0.02  # of the largest variance: keeps directions that hold only noise from being blown up by whitening
+RIDGE = (
+    0.02  # of the largest variance: keeps directions that hold only noise from being blown up by whitening
+)
 READ_OUT_ELEMENTS = 500_000  # observations a step of the read-outs' regression
 KERNELS = (0.7, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0)  # sd in bins
 
@@ -98,7 +100,14 @@ def noise_share(x: Tensor, seen: Tensor) -> Tensor:
 
 
 def initialise(
-    model, guide, recs: Recordings, *, num_steps: int, seed: int, device: torch.device, on_step: Callable[[float], None]
+    model,
+    guide,
+    recs: Recordings,
+    *,
+    num_steps: int,
+    seed: int,
+    device: torch.device,
+    on_step: Callable[[float], None],
 ) -> None:
     """Start ``model`` and ``guide`` in place from the training data.
 
@@ -181,13 +190,17 @@ class DynamicsFirst(nn.Module):
     def run(self, num_steps: int, rng: torch.Generator, on_step: Callable[[float], None]) -> None:
         model, guide = self.parts
         own = {id(p) for part in (model.read_out, model.observation) for p in part.parameters()}
-        networks = [p for p in model.parameters() if id(p) not in own] + list(guide.encode_embedding.parameters())
+        networks = [p for p in model.parameters() if id(p) not in own] + list(
+            guide.encode_embedding.parameters()
+        )
         parts, rates = (networks, [self.frame, self.offset]), [3e-3, 1e-2]
         optimizer = torch.optim.Adam([{"params": p, "lr": r} for p, r in zip(parts, rates, strict=True)])
         schedule = one_cycle(optimizer, num_steps)
         for step in range(num_steps):
             share = min(1.0, 2 * step / max(num_steps, 1))
-            length = min(round(self.lengths[0] + share * (self.lengths[1] - self.lengths[0])), self.w.shape[-2] - 1)
+            length = min(
+                round(self.lengths[0] + share * (self.lengths[1] - self.lengths[0])), self.w.shape[-2] - 1
+            )
             loss = self.loss(max(length, 1), rng)
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
@@ -197,7 +210,7 @@ class DynamicsFirst(nn.Module):
             on_step(float(loss.detach()))
 
     def loss(self, length: int, rng: torch.Generator) -> Tensor:
-        model, guide = self.parts
+        model, _ = self.parts
         e, kl = self.embedding(rng)
         dynamics = model.adapt_dynamics(e)
         target, weight = self.draw_windows(length, rng)  # (R, V, L+1, d), (R, V, L+1)
@@ -231,7 +244,9 @@ class DynamicsFirst(nn.Module):
         num, _, bins, _ = self.w.shape
         rows = self._trials(self.windows, rng).unsqueeze(-1)
         start = torch.rand(num, self.windows, 1, generator=rng).to(self.w.device)
-        last = self.bins.sum(-1)[torch.arange(num, device=self.w.device)[:, None], rows.squeeze(-1)].unsqueeze(-1)
+        last = self.bins.sum(-1)[
+            torch.arange(num, device=self.w.device)[:, None], rows.squeeze(-1)
+        ].unsqueeze(-1)
         start = (start * (last - length).clamp(min=1)).long().clamp(max=bins - length - 1)
         times = start + torch.arange(length + 1, device=self.w.device)
         pick = torch.arange(num, device=self.w.device)[:, None, None]
@@ -253,7 +268,9 @@ def _write_read_in(guide, stage: DynamicsFirst, frames: list[Frame], batch: Batc
         rows, row = read_in.neurons.slice(name), int(batch.recording[r])
         read_in.weight[rows] = 0.0
         # The read-in divides by the root of the number of neurons; projections so far were plain sums.
-        read_in.weight[rows, :dim] = frame.weight[: batch.num_neurons[r]] @ inverse[r] * batch.held_in[r].sum().sqrt()
+        read_in.weight[rows, :dim] = (
+            frame.weight[: batch.num_neurons[r]] @ inverse[r] * batch.held_in[r].sum().sqrt()
+        )
         read_in.bias[row] = 0.0
         read_in.bias[row, :dim] = (frame.bias - stage.offset[r]) @ inverse[r]
 

@@ -24,7 +24,9 @@ MODULES = sorted(
 def test_examples_of_docstrings(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)
-    found = doctest.testmod(importlib.import_module(name), optionflags=doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE)
+    found = doctest.testmod(
+        importlib.import_module(name), optionflags=doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
+    )
     assert found.failed == 0
 
 
@@ -43,7 +45,7 @@ def test_the_readme(tmp_path, monkeypatch):
     for block in blocks:
         for long, short in quick.items():
             block = block.replace(long, short)
-        exec(compile(block, "README.md", "exec"), namespace)  # noqa: S102 - our own text
+        exec(compile(block, "README.md", "exec"), namespace)
     assert namespace["score"].dims == ("recording", "horizon_step")
     assert pm.load("my_fit").names == namespace["fit"].names
     edited = pm.fit(namespace["model"], pm.guides.DKF(namespace["model"]), namespace["recs"], num_steps=2,

@@ -59,7 +59,9 @@ def test_six_speeds_are_ranked():
 
 
 def test_poisson_recovers_rates_where_a_random_start_collapses():
-    recs = pm.simulate.limit_cycles([-5.0, -2.5, 2.5, 5.0], noise="poisson", num_neurons=100, num_trials=96, seed=6)
+    recs = pm.simulate.limit_cycles(
+        [-5.0, -2.5, 2.5, 5.0], noise="poisson", num_neurons=100, num_trials=96, seed=6
+    )
     train, test = recs.split(seed=6)
     model = pm.models.MetaSSM(recs, latent_dim=2, embedding_dim=1, likelihood=pm.likelihoods.Poisson)
     guide = pm.guides.DKF(model)
@@ -67,7 +69,12 @@ def test_poisson_recovers_rates_where_a_random_start_collapses():
     def worst(fit):
         tree = pm.posterior(fit, test, num_samples=20)
         return min(
-            float(pm.metrics.r2(test.truth[n]["rates"].values, tree[f"{n}/posterior"]["rates"].mean(("chain", "draw")).values))
+            float(
+                pm.metrics.r2(
+                    test.truth[n]["rates"].values,
+                    tree[f"{n}/posterior"]["rates"].mean(("chain", "draw")).values,
+                )
+            )
             for n in recs.names
         )
 

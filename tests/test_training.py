@@ -372,13 +372,17 @@ def test_checkpoints_do_not_change_the_fit(recs, tmp_path):
         {"trials_per_step": 1},
         {"learning_rate": 0.02},
         {"recordings_per_step": 1},
+        {"clip_norm": 2.0},
+        {"update_penalty": 0.0},
     ],
 )
 def test_another_specification_is_not_resumed(recs, tmp_path, other):
     model, guide = parts(recs)
     options = QUICK | {"warm_start": False, "checkpoint": tmp_path}
     pm.fit(model, guide, recs, **options)
-    with pytest.raises(ValueError, match="another specification; choose another folder"):
+    with pytest.raises(
+        ValueError, match=f"another specification.*{next(iter(other))}.*choose another folder"
+    ):
         pm.fit(model, guide, recs, **(options | other))
 
 
@@ -390,6 +394,13 @@ def test_another_model_or_other_data_are_not_resumed(recs, tmp_path):
         pm.fit(model, pm.guides.DKF(model, hidden_dim=6), recs, **options)
     with pytest.raises(ValueError, match="another specification"):
         pm.fit(*parts(recs), recs.drop(["a"]), **options)
+    values = recs["a"].observations.copy()
+    values[np.isfinite(values)] += 1.0  # the same shapes, other data
+    changed = Recordings(
+        [Recording("a", values, bin_width=recs["a"].bin_width), *(recs[n] for n in recs.names[1:])]
+    )
+    with pytest.raises(ValueError, match=r"another specification \(it differs in recordings\.a"):
+        pm.fit(*parts(recs), changed, **options)
 
 
 def test_a_damaged_checkpoint_is_named(recs, tmp_path):

@@ -24,7 +24,9 @@ def spiral(num_trials=40, num_steps=60, seed=0):
 def test_canonical_frame_does_not_depend_on_the_basis_of_observation():
     z = spiral()
     seen = torch.ones(z.shape[:2], dtype=torch.bool)
-    mixing = torch.tensor([[1.3, -0.4], [0.2, 0.9]], dtype=z.dtype)  # another observer, with another handedness
+    mixing = torch.tensor(
+        [[1.3, -0.4], [0.2, 0.9]], dtype=z.dtype
+    )  # another observer, with another handedness
     mirror = torch.tensor([[-1.0, 0.0], [0.0, 1.0]], dtype=z.dtype)
     frames = []
     for observed in (z, z @ mixing + 3.0, z @ mirror @ mixing):
@@ -54,7 +56,9 @@ def test_lagged_subspace_ignores_noise_that_is_independent_from_bin_to_bin():
     torch.manual_seed(0)
     z = spiral(num_trials=200).float()
     read_out = torch.linalg.qr(torch.randn(20, 2))[0].mT
-    noise = torch.randn(200, 60, 20) * torch.linspace(0.1, 3.0, 20)  # far louder than the signal, unequal by neuron
+    noise = torch.randn(200, 60, 20) * torch.linspace(
+        0.1, 3.0, 20
+    )  # far louder than the signal, unequal by neuron
     features = z @ read_out + noise
     features = features - features.mean((0, 1))
     seen = torch.ones(200, 60, dtype=torch.bool)

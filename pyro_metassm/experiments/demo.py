@@ -20,11 +20,13 @@ STEPS = (1, 10, 30, 50)
 SHOWN = 8  # held-out trials of each recording whose draws are written
 
 
-def run(out: str | Path, *, seed: int = 0, num_steps: int = 300, num_trials: int = 128, progress: bool = True) -> dict:
+def run(
+    out: str | Path, *, seed: int = 0, num_steps: int = 300, num_trials: int = 128, progress: bool = True
+) -> dict:
     """Simulate, fit, forecast held-out trials, write results and pictures.
 
-    The sign of a velocity is not in the data: mirroring the latents and the read-out leaves every observation as it was.
-    So the embedding is compared with the speed, ``|velocity|``.
+    The sign of a velocity is not in the data: mirroring latents and read-out leaves every observation as it was. So
+    the embedding is compared with the speed, ``|velocity|``.
 
     Args:
         out: folder to write ``fit/``, ``posterior.nc``, ``forecast.nc``, ``metrics.json`` and the pictures into.
@@ -45,7 +47,9 @@ def run(out: str | Path, *, seed: int = 0, num_steps: int = 300, num_trials: int
         model = MetaSSM(recs, latent_dim=2, embedding_dim=1)
         result = fit(model, DKF(model), train, num_steps=num_steps, seed=seed, progress=progress)
     with report.timed(seconds, "posterior"):
-        shown = test.take_trials(min(SHOWN, test[test.names[0]].num_trials), seed=seed)  # the scores use all of them
+        shown = test.take_trials(
+            min(SHOWN, test[test.names[0]].num_trials), seed=seed
+        )  # the scores use all of them
         tree = posterior(result, shown, num_samples=50, seed=seed)
     with report.timed(seconds, "forecast"):
         ahead = forecast(result, shown, context=CONTEXT, horizon=HORIZON, num_samples=50, seed=seed)
@@ -54,11 +58,11 @@ def run(out: str | Path, *, seed: int = 0, num_steps: int = 300, num_trials: int
         result.save(out / "fit")
         report.write_tree(tree, out / "posterior.nc")
         report.write_tree(ahead, out / "forecast.nc")
-    seconds |= {phase: result.history.attrs[f"{phase}_seconds"] for phase in ("warm_start", "svi")}  # parts of "fit"
+    seconds |= {
+        phase: result.history.attrs[f"{phase}_seconds"] for phase in ("warm_start", "svi")
+    }  # parts of "fit"
     numbers = {
-        "forecast_r2": {
-            str(k): report.by_recording(score.sel(horizon_step=k)) for k in STEPS
-        },
+        "forecast_r2": {str(k): report.by_recording(score.sel(horizon_step=k)) for k in STEPS},
         "reconstruction_r2": report.by_recording(metrics.reconstruction_r2(result, test, seed=seed)),
         "elbo": float(result.history["elbo"][-20:].mean()),
         "embedding": {n: result.statistics[i, :1].tolist() for i, n in enumerate(result.names)},

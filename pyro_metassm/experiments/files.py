@@ -15,7 +15,11 @@ from pyro_metassm.posterior import forecast, posterior
 from pyro_metassm.recordings import Recordings
 from pyro_metassm.training import fit
 
-FAMILIES: dict[str, type[likelihoods.Likelihood]] = {"gaussian": likelihoods.Gaussian, "poisson": likelihoods.Poisson, "negative-binomial": likelihoods.NegativeBinomial}
+FAMILIES: dict[str, type[likelihoods.Likelihood]] = {
+    "gaussian": likelihoods.Gaussian,
+    "poisson": likelihoods.Poisson,
+    "negative-binomial": likelihoods.NegativeBinomial,
+}
 
 
 def run(
@@ -68,10 +72,19 @@ def run(
         train, test = recs.split(test_fraction=test_fraction, seed=seed)
     family = FAMILIES[likelihood] if likelihood else _family(recs)
     with report.timed(seconds, "fit"):
-        model = MetaSSM(recs, latent_dim=latent_dim, embedding_dim=embedding_dim, rank=rank, likelihood=family)
+        model = MetaSSM(
+            recs, latent_dim=latent_dim, embedding_dim=embedding_dim, rank=rank, likelihood=family
+        )
         result = fit(
-            model, DKF(model), train, num_steps=num_steps, trials_per_step=trials_per_step, learning_rate=learning_rate,
-            seed=seed, device=device, progress=progress,
+            model,
+            DKF(model),
+            train,
+            num_steps=num_steps,
+            trials_per_step=trials_per_step,
+            learning_rate=learning_rate,
+            seed=seed,
+            device=device,
+            progress=progress,
         )
         result.save(out / "fit")
     usual = min(int(np.median(r.lengths)) for r in test.values())
@@ -86,7 +99,12 @@ def run(
         report.write_tree(ahead, out / "forecast.nc")
     with report.timed(seconds, "scores"):
         numbers = _scores(result, train, test, family, context, horizon, num_samples, seed)
-    numbers |= {"elbo": float(result.history["elbo"][-20:].mean()), "seed": seed, "context": context, "horizon": horizon}
+    numbers |= {
+        "elbo": float(result.history["elbo"][-20:].mean()),
+        "seed": seed,
+        "context": context,
+        "horizon": horizon,
+    }
     numbers["trials_written"] = {name: r.num_trials for name, r in shown.items()}
     with report.timed(seconds, "pictures"):
         _pictures(result, tree, ahead, test.names, context, out)
@@ -99,8 +117,14 @@ def _family(recs: Recordings) -> type[likelihoods.Likelihood]:
 
 
 def _scores(result, train, test, family, context, horizon, num_samples, seed) -> dict:
-    numbers: dict = {"reconstruction_r2": report.by_recording(metrics.reconstruction_r2(result, test, num_samples=num_samples, seed=seed))}
-    curve = metrics.forecast_r2(result, test, context=context, horizon=horizon, num_samples=num_samples, seed=seed)
+    numbers: dict = {
+        "reconstruction_r2": report.by_recording(
+            metrics.reconstruction_r2(result, test, num_samples=num_samples, seed=seed)
+        )
+    }
+    curve = metrics.forecast_r2(
+        result, test, context=context, horizon=horizon, num_samples=num_samples, seed=seed
+    )
     steps = [k for k in (1, 2, 5, 10, 20, 30, 50) if k <= horizon]
     numbers["forecast_r2"] = {str(k): report.by_recording(curve.sel(horizon_step=k)) for k in steps}
     if family is not likelihoods.Gaussian:
@@ -108,7 +132,11 @@ def _scores(result, train, test, family, context, horizon, num_samples, seed) ->
         numbers["bits_per_spike"] = report.by_recording(bps)
         ahead = metrics.fp_bps(result, test, context=context, num_samples=num_samples, seed=seed)
         numbers["forecast_bits_per_spike"] = report.by_recording(ahead)
-    moving = [n for n, r in test.items() if r.behavior is not None and np.isfinite(r.behavior[..., :2]).any((0, 1)).all()]
+    moving = [
+        n
+        for n, r in test.items()
+        if r.behavior is not None and np.isfinite(r.behavior[..., :2]).any((0, 1)).all()
+    ]
     if moving:  # the first two dims of the behaviour are the velocity, by the format of the files
         velocity = metrics.decoding_r2(
             result, train.select(moving), test.select(moving), dims=(0, 1), num_samples=num_samples, seed=seed

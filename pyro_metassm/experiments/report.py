@@ -40,7 +40,11 @@ def write_tree(tree: xr.DataTree, path: Path) -> None:
     """Write a tree as compressed netCDF."""
     groups = {node.path: node.to_dataset(inherit=False) for node in tree.subtree}
     encoding = {
-        path_: {name: {"zlib": True, "complevel": 1} for name, v in ds.data_vars.items() if v.dtype.kind in "fib" and v.ndim}
+        path_: {
+            name: {"zlib": True, "complevel": 1}
+            for name, v in ds.data_vars.items()
+            if v.dtype.kind in "fib" and v.ndim
+        }
         for path_, ds in groups.items()
     }
     tree.to_netcdf(path, engine="h5netcdf", encoding={k: v for k, v in encoding.items() if v})
