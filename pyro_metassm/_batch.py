@@ -98,7 +98,7 @@ def collate(
                 recording.name,
                 f"a recording that the model or fit knows ({checks.some([repr(name) for name in known])})",
                 "another one",
-                "use pm.adapt to add recordings to a fit, or make the model with it",
+                "make the model with it and fit again",
             )
     chosen_names = tuple(recording.name for recording in chosen)
     if not chosen or len(set(chosen_names)) < len(chosen) or not set(trials) <= set(chosen_names):

@@ -63,13 +63,13 @@ class NeuronTable(nn.Module):
             if name not in self.names:
                 raise ValueError(
                     f"recording {name!r}: needed a recording that the model or fit knows, got another one; "
-                    "use pm.adapt to add recordings to a fit, or make the model with it"
+                    "make the model with it and fit again"
                 )
             known = self.num_neurons[self.names.index(name)]
             if count != known:
                 raise ValueError(
                     f"recording {name!r}: needed its {known} neurons, as the model knows it, got {count}; names "
-                    "identify recordings: rename another session, then use pm.adapt or make the model with it"
+                    "identify recordings: rename another session, and make the model with it"
                 )
 
     @property

@@ -64,7 +64,7 @@ def posterior(
         bin), ``observed_data``, ``constant_data`` and what was asked for. float32, bins that a trial lacks are NaN.
 
     Raises:
-        ValueError: a recording that the fit does not know (use ``pm.adapt``), ``num_samples < 1``.
+        ValueError: a recording that the fit does not know, ``num_samples < 1``.
 
     Example:
         >>> import pyro_metassm as pm

@@ -586,7 +586,8 @@ def test_read_in_starts_once_and_with_neurons_never_seen():
 
 
 @pytest.mark.parametrize(
-    "name, neurons, words", [("q", 3, "pm.adapt"), ("a", 4, "needed its 3 neurons"), ("a", 2, "got 2")]
+    "name, neurons, words",
+    [("q", 3, "make the model with it"), ("a", 4, "needed its 3 neurons"), ("a", 2, "got 2")],
 )
 def test_recordings_that_the_model_does_not_know_are_refused(name, neurons, words):
     recs = recordings()

@@ -487,7 +487,7 @@ def test_trials_shorter_than_the_context_are_left_out_and_counted(recs, fit):
 )
 def test_unknown_recordings_are_pointed_to_adapt(fit, call):
     other = Recordings([Recording("new", np.zeros((2, 4, 3)), bin_width=0.02)])
-    with pytest.raises(ValueError, match=r"recording 'new'.*pm\.adapt"):
+    with pytest.raises(ValueError, match=r"recording 'new'.*make the model with it"):
         call(fit, other)
     renamed = Recordings([Recording("a", np.zeros((2, 4, 4)), bin_width=0.02)])
     with pytest.raises(ValueError, match="recording 'a': needed its 3 neurons"):

@@ -578,7 +578,8 @@ def test_a_batch_is_cut_to_the_longest_trial_chosen_and_is_no_view():
 def test_batches_that_cannot_be():
     recs = many()
     with pytest.raises(
-        ValueError, match=r"recording 'b': needed a recording that the model .*\('a', 'c'\).*pm.adapt"
+        ValueError,
+        match=r"recording 'b': needed a recording that the model .*\('a', 'c'\).*make the model with it",
     ):
         recs.batch(["a", "c"])
     with pytest.raises(ValueError, match="each recording once and trials of these only"):
