@@ -5,7 +5,7 @@
 #   make test-slow        the slow tests alone
 #   make test-new-python  the default tests on Python 3.12 or 3.13, in .venv-new    NEW_PYTHON=... chooses
 #   make lint types       ruff, mypy
-#   make notebooks        run every notebook in its short form
+#   make notebooks        run every notebook in its short form; notebooks-new-python on the newer Python
 #   make wheel-check      build the wheel, install it apart from this tree, import every module of it
 #   make bench            the benchmarks: a table and JSON each
 #   make clean distclean  remove what was generated; the environments too
@@ -26,7 +26,7 @@ ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1
 NOTEBOOKS := $(sort $(wildcard notebooks/*.ipynb))
 BENCHMARKS := $(sort $(filter-out tests/benchmarks/_%,$(wildcard tests/benchmarks/*.py)))
 
-.PHONY: help venv demo test test-slow test-new-python lint types notebooks wheel-check bench clean distclean
+.PHONY: help venv demo test test-slow test-new-python lint types notebooks notebooks-new-python wheel-check bench clean distclean
 
 help:
 	@sed -n '/^#   make/s/^#   //p' Makefile
@@ -76,6 +76,10 @@ ifneq ($(NOTEBOOKS),)
 	    --log-level WARN --execute --to notebook --output-dir "$$out" $(NOTEBOOKS)
 endif
 	@echo "$(words $(NOTEBOOKS)) notebooks ran"
+
+# The same notebooks on the newer Python, which comes with ArviZ 1.x.
+notebooks-new-python: $(NEW_VENV)/.installed
+	$(MAKE) --no-print-directory notebooks VENV=$(NEW_VENV)
 
 wheel-check: venv
 	.ci/wheel-check $(BIN)/python
