@@ -40,6 +40,15 @@ define install
 @touch $(1)/.installed
 endef
 
+# $(1): the folder of an environment.
+define run_notebooks
+@out=$$(mktemp -d) && trap 'rm -rf "$$out"' EXIT && for notebook in $(NOTEBOOKS); do \
+    $(ONE_THREAD) METASSM_SHORT=1 MPLBACKEND=agg JUPYTER_PREFER_ENV_PATH=1 $(1)/bin/python -m nbconvert \
+        --log-level WARN --execute --to notebook --output-dir "$$out" $$notebook || exit 1; \
+done
+@echo "$(words $(NOTEBOOKS)) notebooks ran"
+endef
+
 venv: $(VENV)/.installed
 
 $(VENV)/.installed: pyproject.toml constraints.txt
@@ -70,16 +79,11 @@ types: venv
 	$(BIN)/mypy
 
 notebooks: venv
-ifneq ($(NOTEBOOKS),)
-	out=$$(mktemp -d) && trap 'rm -rf "$$out"' EXIT && \
-	$(ONE_THREAD) METASSM_SHORT=1 MPLBACKEND=agg JUPYTER_PREFER_ENV_PATH=1 $(BIN)/python -m nbconvert \
-	    --log-level WARN --execute --to notebook --output-dir "$$out" $(NOTEBOOKS)
-endif
-	@echo "$(words $(NOTEBOOKS)) notebooks ran"
+	$(call run_notebooks,$(VENV))
 
-# The same notebooks on the newer Python, which comes with ArviZ 1.x.
+# The same on the newer Python, which comes with ArviZ 1.x.
 notebooks-new-python: $(NEW_VENV)/.installed
-	$(MAKE) --no-print-directory notebooks VENV=$(NEW_VENV)
+	$(call run_notebooks,$(NEW_VENV))
 
 wheel-check: venv
 	.ci/wheel-check $(BIN)/python

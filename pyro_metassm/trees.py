@@ -151,7 +151,7 @@ def to_arviz(tree: xr.DataTree, recording: str | None = None):
         groups = {name: node.to_dataset() for name, node in tree[recording].children.items()}
     else:
         groups = {name: node.to_dataset() for name, node in tree.children.items() if not node.children}
-    if hasattr(arviz, "InferenceData"):
+    if arviz.__version__.startswith("0."):
         groups.pop("sample_stats", None)  # the fit's history has no chain and draw, which 0.x insists on
         return arviz.InferenceData(**groups)  # type: ignore[arg-type]
     return xr.DataTree.from_dict(groups)
