@@ -1,9 +1,8 @@
 """Gated recurrent networks of both directions in one loop, with their backward pass written out.
 
 PyTorch's GRU runs one direction after the other and, on a CPU, pays more for the bookkeeping of every step than for its
-arithmetic. Here both directions advance together: a step is one batched product and a few elementwise operations; the
-backward pass takes everything that does not depend on the recursion out of the loop, and the weights' gradients are
-one product at the end.
+arithmetic. Here both directions advance together: a step is two batched products and a few elementwise operations,
+and so is a step of the backward pass.
 """
 
 from __future__ import annotations
@@ -17,55 +16,64 @@ tanh_backward = torch.ops.aten.tanh_backward.grad_input
 
 
 class _Recursion(torch.autograd.Function):
-    """States ``(D, T, B, H)`` of D recursions from their input projections ``(D, T, B, 3H)``; zero first state.
+    """States ``(D, T, B, H)`` of D recursions from inputs ``(D, T, B, I)``; zero first state.
 
-    ``r, u = sigmoid(x_ru + h W_ru)``, ``n = tanh(x_n + r * (h W_n + b))``, ``h' = n + u * (h - n)``.
+    ``r, u = sigmoid(x V_ru + c_ru + h W_ru)``, ``n = tanh(x V_n + c_n + r * (h W_n + b))``, ``h' = n + u * (h - n)``.
+
+    Everything of a step is done while it is in the cache, in small buffers that the allocator hands out again: the
+    projections of all steps, or their gradients, would be tens of megabytes of fresh memory, and that is what
+    bounds the time.
     """
 
     @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    def forward(ctx, x: Tensor, weight_in: Tensor, bias_in: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         directions, steps, rows, width = *x.shape[:3], weight.shape[-2]
         states = x.new_empty(directions, steps + 1, rows, width)
         states[:, 0] = 0.0
         gates = x.new_empty(directions, steps, rows, 2 * width)
         new, recurrent = (x.new_empty(directions, steps, rows, width) for _ in range(2))
-        bias = bias.unsqueeze(-2)
+        bias, bias_in = bias.unsqueeze(-2), bias_in.unsqueeze(-2)
         for t in range(steps):
+            entering = torch.baddbmm(bias_in, x[:, t], weight_in)
             product = torch.bmm(states[:, t], weight)
-            torch.add(x[:, t, :, : 2 * width], product[..., : 2 * width], out=gates[:, t]).sigmoid_()
+            torch.add(entering[..., : 2 * width], product[..., : 2 * width], out=gates[:, t]).sigmoid_()
             torch.add(product[..., 2 * width :], bias, out=recurrent[:, t])
             torch.addcmul(
-                x[:, t, :, 2 * width :], gates[:, t, :, :width], recurrent[:, t], out=new[:, t]
+                entering[..., 2 * width :], gates[:, t, :, :width], recurrent[:, t], out=new[:, t]
             ).tanh_()
             torch.lerp(new[:, t], states[:, t], gates[:, t, :, width:], out=states[:, t + 1])
-        ctx.save_for_backward(weight, states, gates, new, recurrent)
+        ctx.save_for_backward(x, weight_in, weight, states, gates, new, recurrent)
         return states[:, 1:]
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad: Tensor):
-        weight, states, gates, new, recurrent = ctx.saved_tensors
-        steps, width = new.shape[1], weight.shape[-2]
-        grad_product = torch.empty(*new.shape[:-1], 3 * width, dtype=new.dtype, device=new.device)
-        grad_new = torch.empty_like(new)
-        back = weight.mT.contiguous()
-        carried = torch.zeros_like(new[:, 0])
-        # Everything of a step is done while it is in the cache: bulk products over all steps would be bound by memory.
-        for t in range(steps - 1, -1, -1):
+        x, weight_in, weight, states, gates, new, recurrent = ctx.saved_tensors
+        width = weight.shape[-2]
+        back_in, back = weight_in.mT.contiguous(), weight.mT.contiguous()
+        grad_x, carried = torch.empty_like(x), torch.zeros_like(new[:, 0])
+        grad_in, grad_weight = torch.zeros_like(weight_in), torch.zeros_like(weight)
+        grad_bias_in, grad_bias = (w.new_zeros(w.shape[0], 1, w.shape[2]) for w in (weight_in, weight))
+        ones = new.new_ones(len(new), 1, new.shape[2])
+        entering = new.new_empty(len(new), new.shape[2], 3 * width)  # gradients of what entered the gates,
+        product = torch.empty_like(entering)  # and of the recurrent product, which the reset gate scales
+        for t in range(new.shape[1] - 1, -1, -1):
             reset, update = gates[:, t, :, :width], gates[:, t, :, width:]
             h = carried + grad[:, t]
             kept = h * update
-            n = tanh_backward(h - kept, new[:, t], grad_input=grad_new[:, t])
+            n = tanh_backward(h - kept, new[:, t], grad_input=entering[..., 2 * width :])
             to_update = (states[:, t] - new[:, t]).mul_(h)
-            sigmoid_backward(n * recurrent[:, t], reset, grad_input=grad_product[:, t, :, :width])
-            sigmoid_backward(to_update, update, grad_input=grad_product[:, t, :, width : 2 * width])
-            torch.mul(n, reset, out=grad_product[:, t, :, 2 * width :])
-            carried = kept.baddbmm_(grad_product[:, t], back)
-        grad_weight = torch.bmm(states[:, :-1].flatten(1, 2).mT, grad_product.flatten(1, 2))
-        grad_bias = grad_product[..., 2 * width :].sum((1, 2))
-        # What enters the new state without the reset gate: the input's share differs from the recurrent product's.
-        grad_product[..., 2 * width :] = grad_new
-        return grad_product, grad_weight, grad_bias
+            sigmoid_backward(n * recurrent[:, t], reset, grad_input=entering[..., :width])
+            sigmoid_backward(to_update, update, grad_input=entering[..., width : 2 * width])
+            product[..., : 2 * width] = entering[..., : 2 * width]
+            torch.mul(n, reset, out=product[..., 2 * width :])
+            torch.bmm(entering, back_in, out=grad_x[:, t])
+            grad_in.baddbmm_(x[:, t].mT, entering)
+            grad_weight.baddbmm_(states[:, t].mT, product)
+            grad_bias_in.baddbmm_(ones, entering)
+            grad_bias.baddbmm_(ones, product)
+            carried = kept.baddbmm_(product, back)
+        return grad_x, grad_in, grad_bias_in.squeeze(1), grad_weight, grad_bias.squeeze(1)[:, 2 * width :]
 
 
 class BidirectionalGRU(nn.Module):
@@ -97,11 +105,8 @@ class BidirectionalGRU(nn.Module):
     def forward(self, x: Tensor, lengths: Tensor) -> Tensor:
         rows, steps, _ = x.shape
         x = x.transpose(0, 1)
-        both = torch.stack([x, _mirror(x, lengths)]).flatten(
-            1, 2
-        )  # (2, T B, in): time first, as the loop reads it
-        inputs = torch.baddbmm(self.bias_in.unsqueeze(1), both, self.weight_in).view(2, steps, rows, -1)
-        states = _Recursion.apply(inputs, self.weight_hidden, self.bias_hidden)
+        both = torch.stack([x, _mirror(x, lengths)])  # (2, T, B, in): time first, as the loop reads it
+        states = _Recursion.apply(both, self.weight_in, self.bias_in, self.weight_hidden, self.bias_hidden)
         ahead, back = torch.bmm(states.flatten(1, 2), self.weight_out * self.scale_out).view(
             2, steps, rows, -1
         )

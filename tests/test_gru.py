@@ -56,7 +56,6 @@ def test_equals_two_gru_of_pytorch_in_value_and_gradient(lengths):
 
 def test_backward_against_finite_differences():
     torch.manual_seed(1)
-    x = torch.randn(2, 4, 3, 6, dtype=torch.double, requires_grad=True)
-    weight = torch.randn(2, 2, 6, dtype=torch.double, requires_grad=True)
-    bias = torch.randn(2, 2, dtype=torch.double, requires_grad=True)
-    assert torch.autograd.gradcheck(_Recursion.apply, (x, weight, bias))
+    shapes = [(2, 4, 3, 5), (2, 5, 6), (2, 6), (2, 2, 6), (2, 2)]  # x, V, c, W, b
+    leaves = [torch.randn(shape, dtype=torch.double, requires_grad=True) for shape in shapes]
+    assert torch.autograd.gradcheck(_Recursion.apply, leaves)
