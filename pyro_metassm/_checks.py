@@ -372,3 +372,10 @@ def neuron_ids_of(name: str, value: Any, num_neurons: int) -> np.ndarray:
             name, "different neuron_ids", f"{some(unique[counts > 1])} more than once", "make them unique"
         )
     return array
+
+
+def integers(least: int = 1, **numbers: Any) -> None:
+    """Raise ``ValueError`` for an argument that is not an integer of at least `least`, by its name."""
+    for name, number in numbers.items():
+        if not isinstance(number, int | np.integer) or number < least:
+            raise ValueError(f"{name}: needed an integer of at least {least}, got {number!r}")

@@ -179,6 +179,11 @@ class Recording:
         return type(self).from_xarray, (self.to_xarray(),)
 
     @property
+    def has_counts(self) -> bool:
+        """Whether all values are whole numbers of at least zero."""
+        return bool((self.values >= 0).all() and (self.values == np.round(self.values)).all())
+
+    @property
     def num_trials(self) -> int:
         """Number of trials."""
         return self.values.shape[0]

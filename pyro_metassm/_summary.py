@@ -62,8 +62,7 @@ def _problems(recording: Recording, row: dict[str, float]) -> list[str]:
         abs(row["drift"]) > DRIFT
     ):
         problems.append(f"the mean activity drifts by {100 * row['drift']:+.0f}% over the session")
-    values = recording.values
-    if (values >= 0).all() and (values == np.floor(values)).all() and row["mean_per_bin"] < FEW_COUNTS:
+    if recording.has_counts and row["mean_per_bin"] < FEW_COUNTS:
         problems.append(f"only {row['mean_per_bin']:.2g} counts per bin on average (wider bins will help)")
     if recording.num_trials < FEW_TRIALS:
         problems.append(f"only {recording.num_trials} trials")

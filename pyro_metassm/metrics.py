@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import xarray as xr
 
+from pyro_metassm import _checks as checks
 from pyro_metassm._scores import bits_per_spike, explained, psth_r2, r2, velocity_r2
 from pyro_metassm.posterior import Chunk, forecast_chunks, forecast_trials, observation, posterior_chunks
 from pyro_metassm.recordings import Recording, Recordings
@@ -67,7 +68,7 @@ def forecast_r2(
         >>> dict(pm.metrics.forecast_r2(fit, recs, context=10, horizon=5, num_samples=4).sizes)
         {'recording': 2, 'horizon_step': 5}
     """
-    _at_least_one(context=context, horizon=horizon, num_samples=num_samples)
+    checks.integers(context=context, horizon=horizon, num_samples=num_samples)
     scores = np.full((len(recs), horizon), np.nan)
     for row, (name, recording) in enumerate(recs.items()):
         trials = forecast_trials(recs, name, context)
@@ -97,7 +98,7 @@ def reconstruction_r2(fit: Fit, recs: Recordings, *, num_samples: int = 50, seed
     Raises:
         ValueError: a recording that the fit does not know.
     """
-    _at_least_one(num_samples=num_samples)
+    checks.integers(num_samples=num_samples)
     return _by_recording(
         "reconstruction_r2",
         recs,
@@ -127,7 +128,7 @@ def rate_bps(
     Raises:
         ValueError: an unknown recording, observations that are no counts, negative rates (a Gaussian fit).
     """
-    _at_least_one(num_samples=num_samples)
+    checks.integers(num_samples=num_samples)
 
     def score(name: str, recording: Recording) -> float:
         rates = mean_rates(fit, recs, name, num_samples, seed)
@@ -153,7 +154,7 @@ def co_bps(
     Raises:
         ValueError: no recording has held-out neurons; and as :func:`rate_bps`.
     """
-    _at_least_one(num_samples=num_samples)
+    checks.integers(num_samples=num_samples)
     if not any(recording.held_out_neurons.any() for recording in recs.values()):
         raise ValueError(
             "co_bps: needed neurons that the guide does not see, got none in any recording; make the recordings "
@@ -195,7 +196,7 @@ def fp_bps(
     Raises:
         ValueError: no trial as long as ``context``, nothing after it; and as :func:`rate_bps`.
     """
-    _at_least_one(context=context, horizon=1 if horizon is None else horizon, num_samples=num_samples)
+    checks.integers(context=context, horizon=1 if horizon is None else horizon, num_samples=num_samples)
     scores = {}
     for name, recording in recs.items():
         trials = forecast_trials(recs, name, context)
@@ -241,7 +242,7 @@ def decoding_r2(
     Raises:
         ValueError: a recording without behaviour, an unknown dim; and as :func:`velocity_r2`.
     """
-    _at_least_one(num_samples=num_samples)
+    checks.integers(num_samples=num_samples)
     shift, dims = round(lag / test.bin_width), None if dims is None else list(dims)
 
     def score(name: str, recording: Recording) -> float:
@@ -330,9 +331,3 @@ def _behavior(recording: Recording, dims: Sequence[int | str] | None) -> np.ndar
             f"needed dims of the behaviour as positions below {size} or names of {names}, got {dims}"
         )
     return recording.behavior[..., chosen]
-
-
-def _at_least_one(**numbers: int) -> None:
-    for name, number in numbers.items():
-        if not isinstance(number, int | np.integer) or number < 1:
-            raise ValueError(f"{name}: needed an integer of at least 1, got {number!r}")

@@ -169,7 +169,7 @@ class ReadIn(nn.Module):
         for name, recording in recordings.items():
             row, rows = self.neurons.names.index(name), self.neurons.slice(name)
             values, mask = recording.values, recording.mask
-            counts = bool((values >= 0).all() and (values == np.round(values)).all())
+            counts = recording.has_counts
             features = np.sqrt(values) if counts else values
             self.counts[row] = counts
             ever = mask.any((0, 1))  # a neuron without an observation has no mean, and needs none

@@ -14,6 +14,7 @@ import xarray as xr
 from pyro import poutine
 from torch import Tensor
 
+from pyro_metassm import _checks as checks
 from pyro_metassm import trees
 from pyro_metassm.models.meta_ssm import MetaSSM, observed
 from pyro_metassm.recordings import Batch, Recordings
@@ -75,7 +76,7 @@ def posterior(
         >>> tree["posterior"]["embedding"].dims
         ('chain', 'draw', 'recording', 'embedding_dim')
     """
-    _at_least_one(num_samples=num_samples)
+    checks.integers(num_samples=num_samples)
     embeddings, children = {}, {}
     for name, recording in recs.items():
         shape = (num_samples, recording.num_trials, recording.num_bins)
@@ -140,7 +141,7 @@ def forecast(
     Raises:
         ValueError: an unknown recording, ``context`` or ``horizon`` below 1, no trial as long as ``context``.
     """
-    _at_least_one(context=context, horizon=horizon, num_samples=num_samples)
+    checks.integers(context=context, horizon=horizon, num_samples=num_samples)
     embeddings, children = {}, {}
     for name, recording in recs.items():
         rows = forecast_trials(recs, name, context)
@@ -184,7 +185,7 @@ def prior_predictive(
         a tree with ``prior`` (``embedding``) and, for every recording, ``prior`` (``latents``, ``rates``) and
         ``prior_predictive`` (``observations``); bins that a trial lacks are NaN.
     """
-    _at_least_one(num_samples=num_samples)
+    checks.integers(num_samples=num_samples)
     embeddings, children = {}, {}
     parameter = next(model.parameters())
     for name, recording in recs.items():
@@ -320,9 +321,3 @@ class _Seeded:
 
     def __exit__(self, *error):
         return self.fork.__exit__(*error)
-
-
-def _at_least_one(**numbers) -> None:
-    for name, number in numbers.items():
-        if not isinstance(number, int | np.integer) or number < 1:
-            raise ValueError(f"{name}: needed an integer of at least 1, got {number!r}")

@@ -63,13 +63,10 @@ class Fit:
         )
 
 
-def trial_chunks(
-    recs: Recordings, name: str, num_draws: int = 1, elements: int = ELEMENTS
-) -> list[list[int]]:
-    """Trials of a recording in chunks of at most ``elements`` observations times draws, at least one trial each."""
+def trial_chunks(recs: Recordings, name: str) -> list[list[int]]:
+    """Trials of a recording in chunks of at most ``ELEMENTS`` observations, at least one trial each."""
     recording = recs[name]
-    per_trial = num_draws * recording.num_bins * recording.num_neurons
-    size = max(1, elements // per_trial)
+    size = max(1, ELEMENTS // (recording.num_bins * recording.num_neurons))
     return [
         list(range(first, min(first + size, recording.num_trials)))
         for first in range(0, recording.num_trials, size)

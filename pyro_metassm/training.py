@@ -16,6 +16,7 @@ import xarray as xr
 from torch import nn
 from tqdm.auto import tqdm
 
+from pyro_metassm import _checks as checks
 from pyro_metassm import checkpoints
 from pyro_metassm import warm_start as starts
 from pyro_metassm.elbo import SequentialELBO
@@ -100,8 +101,8 @@ def fit(
         >>> fit.history.sizes["step"]
         5
     """
-    _check_numbers(num_steps=num_steps, warm_start_steps=warm_start_steps)
-    _check_numbers(1, validation_every=validation_every, checkpoint_every=checkpoint_every)
+    checks.integers(0, num_steps=num_steps, warm_start_steps=warm_start_steps)
+    checks.integers(1, validation_every=validation_every, checkpoint_every=checkpoint_every)
     if not (0 < learning_rate < math.inf and clip_norm > 0 and update_penalty >= 0):
         raise ValueError(
             "fit: needed a positive learning_rate and clip_norm and an update_penalty of at least 0, "
@@ -316,12 +317,6 @@ class Trainer:
         attrs |= {} if self.validated is None else {"num_observed_validation": self.validated}
         history = xr.Dataset(columns, coords={"step": np.arange(1, size + 1)}, attrs=attrs)
         return Fit(self.model, self.guide, history, statistics, seed=self.options.seed)
-
-
-def _check_numbers(least: int = 0, **numbers: int) -> None:
-    for name, number in numbers.items():
-        if not isinstance(number, int | np.integer) or number < least:
-            raise ValueError(f"{name}: needed an integer of at least {least}, got {number!r}")
 
 
 def _observed_numbers(recs: Recordings) -> float:

@@ -112,7 +112,7 @@ def run(
 
 
 def _family(recs: Recordings) -> type[likelihoods.Likelihood]:
-    counts = all((r.values >= 0).all() and (r.values == np.round(r.values)).all() for r in recs.values())
+    counts = all(recording.has_counts for recording in recs.values())
     return likelihoods.Poisson if counts else likelihoods.Gaussian
 
 
