@@ -7,7 +7,7 @@
 #   make lint types       ruff, mypy
 #   make notebooks        run every notebook in its short form; notebooks-new-python on the newer Python
 #   make wheel-check      build the wheel, install it apart from this tree, import every module of it
-#   make bench            the benchmarks: a table and JSON each
+#   make bench            the benchmarks: a table each, and JSON into bench/    BENCHMARKS=, ARGS= narrow them
 #   make clean distclean  remove what was generated; the environments too
 
 SHELL := bash
@@ -89,10 +89,13 @@ wheel-check: venv
 	.ci/wheel-check $(BIN)/python
 
 bench: venv
-	@set -e; for script in $(BENCHMARKS); do echo "== $$script"; $(BIN)/python "$$script" $(ARGS); done
+	@set -e; for script in $(BENCHMARKS); do \
+	    echo "== $$script"; \
+	    $(BIN)/python "$$script" --json "bench/$$(basename "$$script" .py).json" $(ARGS); \
+	done
 
 clean:
-	rm -rf build dist demo *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	rm -rf bench build dist demo *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
 	find pyro_metassm models guides tests -name __pycache__ -prune -exec rm -rf {} +
 
 distclean: clean

@@ -59,6 +59,7 @@ class AmortizedGuide(nn.Module, ABC):
         self.register_buffer(
             "smoothing", torch.zeros(())
         )  # sd of the frame's Gaussian kernel, in bins; 0 is none
+        self._read: tuple[Tensor | None, int, float] = (None, 0, 0.0)
 
     @property
     def model(self) -> MetaSSM:
@@ -92,9 +93,14 @@ class AmortizedGuide(nn.Module, ABC):
     def common_space(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
         """``ybar (R, K, T, read_in_dim)``, the frame ``(R, K, T, latent_dim)`` and the share of neurons seen."""
         self.read_in.neurons.check(batch.names, batch.num_neurons)
-        seen = batch.mask & batch.held_in[:, None, None, :]
-        ybar, share = self.read_in(batch.observations, seen, batch.recording, batch.held_in)
-        return ybar, smooth(ybar[..., : self.model.latent_dim], share, float(self.smoothing)), share
+        ybar, share = self.read_in(batch)
+        return ybar, smooth(ybar[..., : self.model.latent_dim], share, self._smoothing_sd()), share
+
+    def _smoothing_sd(self) -> float:
+        """``smoothing`` as a number, read again only after it has changed: reading it makes the host wait for a GPU."""
+        if self._read[0] is not self.smoothing or self._read[1] != self.smoothing._version:
+            self._read = (self.smoothing, self.smoothing._version, float(self.smoothing))
+        return self._read[2]
 
     def embedding_statistics(self, frame: Tensor, share: Tensor, batch: Batch) -> Tensor:
         """Mean over the trials that have data of the encoder's mean and variance, ``(R, 2 embedding_dim)`` (eq. 15).

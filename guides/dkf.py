@@ -86,5 +86,5 @@ class DKF(AmortizedGuide):
         change, log_scale = self.rnn(inputs.flatten(0, -3), lengths).unflatten(0, shape[:-1]).chunk(2, -1)
         rollout = None
         if self.training and self.rollout_probability > 0:
-            rollout = torch.rand(shape, device=frame.device) < self.rollout_probability
+            rollout = torch.rand(shape) < self.rollout_probability  # on the host, which works out the runs
         return RolloutPath(frame + change, log_scale.clamp(-7.0, 3.0).exp(), prior, rollout)

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from pyro_metassm.native.mlp import plain
+
 
 def smooth(x: Tensor, weight: Tensor, sd: float, leave_out: bool = False) -> Tensor:
     """Weighted Gaussian smoothing along time; bins of weight 0 are filled from their neighbours.
@@ -78,8 +80,8 @@ class SetEncoder(EmbeddingEncoder):
         step = functional.pad(frame[..., 1:, :] - frame[..., :-1, :], (0, 0, 0, 1)) / self.step_scale
         # A trial without two bins in a row has states and no steps: its bins count as being at rest.
         use = torch.where(both.any(-2, keepdim=True), both, seen).to(frame.dtype)
-        hidden = self.net(torch.cat([frame, step * both], -1))
-        return (hidden * use).sum(-2) / use.sum(-2).clamp(min=1)
+        hidden = plain(self.net, torch.cat([frame, step * both], -1))
+        return (use.mT @ hidden).squeeze(-2) / use.sum(-2).clamp(min=1)
 
 
 class RecurrentEncoder(EmbeddingEncoder):

@@ -1,15 +1,23 @@
-"""Gated recurrent networks of both directions in one loop, with their backward pass written out.
+"""Gated recurrent networks of both directions, three ways: one function each, the same values and gradients.
 
-PyTorch's GRU runs one direction after the other and, on a CPU, pays more for the bookkeeping of every step than for its
-arithmetic. Here both directions advance together: a step is two batched products and a few elementwise operations,
-and so is a step of the backward pass.
+On a CPU, C that keeps a few rows in a core's cache through all time steps (``native/gru.c``); on a GPU, PyTorch's
+own, which is cuDNN's; anywhere else, and where there is no C compiler, a loop in PyTorch, the plainest to read.
 """
 
 from __future__ import annotations
 
+import functools
+import logging
+import math
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+
+from pyro_metassm.native import gru as compiled
+
+logger = logging.getLogger(__name__)
 
 sigmoid_backward = torch.ops.aten.sigmoid_backward.grad_input
 tanh_backward = torch.ops.aten.tanh_backward.grad_input
@@ -76,11 +84,55 @@ class _Recursion(torch.autograd.Function):
         return grad_x, grad_in, grad_bias_in.squeeze(1), grad_weight, grad_bias.squeeze(1)[:, 2 * width :]
 
 
+def by_loop(x: Tensor, lengths: Tensor, *weights: Tensor) -> Tensor:
+    """Both directions advance together, ``x (B, T, in)`` to ``(B, T, out)``: a step is two batched products."""
+    *recurrent, weight_out = weights
+    rows, steps, _ = x.shape
+    x = x.transpose(0, 1)
+    both = torch.stack([x, _mirror(x, lengths)])  # (2, T, B, in): time first, as the loop reads it
+    states = _Recursion.apply(both, *recurrent)
+    ahead, back = torch.bmm(states.flatten(1, 2), weight_out).view(2, steps, rows, -1)
+    return (ahead + _mirror(back, lengths)).transpose(0, 1)
+
+
+def _mirror(x: Tensor, lengths: Tensor) -> Tensor:
+    """``x (T, B, C)`` with the first ``lengths`` bins of every row in reverse; what is behind them stays."""
+    if x.device.type == "cpu" and bool((lengths == len(x)).all()):  # elsewhere the question would be a wait
+        return x.flip(0)
+    position = torch.arange(len(x), device=x.device)[:, None]
+    source = torch.where(position < lengths, lengths - 1 - position, position)
+    return x.gather(0, source.unsqueeze(-1).expand_as(x))
+
+
+def by_torch(x: Tensor, lengths: Tensor, *weights: Tensor) -> Tensor:
+    """One call of PyTorch's GRU of two directions, without looking at the lengths on the host.
+
+    It walks the padding too, on the way back before the trial. There, a further input channel opens the update gate
+    (``sigmoid(10^4) = 1``), so that the state stays what it was, at first zero.
+    """
+    weight_in, bias_in, weight, bias, weight_out = weights
+    width = weight.shape[-2]
+    outside = torch.arange(x.shape[1], device=x.device) >= lengths[:, None]
+    x = torch.cat([x.masked_fill(outside.unsqueeze(-1), 0.0), outside.unsqueeze(-1).to(x.dtype)], -1)
+    hold = weight_in.new_zeros(2, 1, 3 * width)
+    hold[..., width : 2 * width] = 1e4
+    matrices, biases = torch.cat([weight_in, hold], 1).mT, torch.cat([bias.new_zeros(2, 2 * width), bias], -1)
+    pieces = [piece for d in (0, 1) for piece in (matrices[d], weight[d].mT)]
+    pieces += [piece for d in (0, 1) for piece in (bias_in[d], biases[d])]
+    # In one piece of memory, in cuDNN's order, which is not the argument's: it would copy, and warn, at every call.
+    memory = torch.cat([piece.reshape(-1) for piece in pieces])
+    parts = memory.split([piece.numel() for piece in pieces])
+    ordered = [parts[k].view(pieces[k].shape) for k in (0, 1, 4, 5, 2, 3, 6, 7)]
+    start = x.new_zeros(2, len(x), width)
+    states, _ = torch.gru(x, start, ordered, True, 1, 0.0, torch.is_grad_enabled(), True, True)
+    return states @ weight_out.flatten(0, 1)
+
+
 class BidirectionalGRU(nn.Module):
     """A linear function of the forward and backward states of a trial.
 
     Equal to two ``torch.nn.GRU`` of one layer, one over the mirrored trial, and a linear layer over both. The backward
-    recursion starts at the trial's own end, not in its padding.
+    recursion starts at the trial's own end, not in its padding. What comes out for the padding means nothing.
 
     Args:
         in_dim: channels of the input.
@@ -101,22 +153,41 @@ class BidirectionalGRU(nn.Module):
         self.bias_out = nn.Parameter(torch.zeros(out_dim))
         # Kept out of the weights, so that a step of the optimiser moves the output by as much at any width.
         self.scale_out = (2 * hidden_dim) ** -0.5
+        self._workspace = compiled.Workspace()
 
     def forward(self, x: Tensor, lengths: Tensor) -> Tensor:
-        rows, steps, _ = x.shape
-        x = x.transpose(0, 1)
-        both = torch.stack([x, _mirror(x, lengths)])  # (2, T, B, in): time first, as the loop reads it
-        states = _Recursion.apply(both, self.weight_in, self.bias_in, self.weight_hidden, self.bias_hidden)
-        ahead, back = torch.bmm(states.flatten(1, 2), self.weight_out * self.scale_out).view(
-            2, steps, rows, -1
-        )
-        return (ahead + _mirror(back, lengths) + self.bias_out).transpose(0, 1)
+        recurrent = (self.weight_in, self.bias_in, self.weight_hidden, self.bias_hidden)
+        tensors = (x, lengths, *recurrent, self.weight_out * self.scale_out)
+        return self._way(*tensors)(*tensors) + self.bias_out
+
+    def _way(self, *tensors: Tensor) -> Callable[..., Tensor]:
+        """The fastest of the ways that can be had here."""
+        x = tensors[0]
+        if x.is_cuda:
+            return by_torch
+        if not torch.compiler.is_compiling() and _compiled(x.dtype) and compiled.fits(*tensors):
+            return self._workspace
+        return by_loop
 
 
-def _mirror(x: Tensor, lengths: Tensor) -> Tensor:
-    """``x (T, B, C)`` with the first ``lengths`` bins of every row in reverse; what is behind them stays."""
-    if bool((lengths == len(x)).all()):
-        return x.flip(0)
-    position = torch.arange(len(x), device=x.device)[:, None]
-    source = torch.where(position < lengths, lengths - 1 - position, position)
-    return x.gather(0, source.unsqueeze(-1).expand_as(x))
+def _compiled(dtype: torch.dtype) -> bool:
+    """Whether there is a library for these numbers, and it does what the loop does."""
+    return compiled.library(dtype) is not None and _correct(dtype)
+
+
+@functools.cache
+def _correct(dtype: torch.dtype) -> bool:
+    """Compilers have errors too: a wrong gradient must not go unseen."""
+    with torch.inference_mode(False), torch.enable_grad():
+        shapes = [(3, 4, 3), (2, 3, 51), (2, 51), (2, 17, 51), (2, 17), (2, 17, 2)]
+        numbers = torch.arange(2000, dtype=dtype, device="cpu").sin()
+        leaves = [numbers[i : i + math.prod(s)].view(s).requires_grad_() for i, s in enumerate(shapes)]
+        lengths = torch.tensor([4, 2, 1], device="cpu")
+        pairs = []
+        for way in (by_loop, compiled.Workspace()):
+            y = way(leaves[0], lengths, *leaves[1:])
+            pairs.append((y, *torch.autograd.grad((y * y).sum(), leaves)))
+        same = all(torch.allclose(a, b, rtol=1e-4, atol=1e-5) for a, b in zip(*pairs, strict=True))
+    if not same:
+        logger.warning("the compiled recurrent network is wrong on this machine and is not used")
+    return same

@@ -16,6 +16,7 @@ from pyro_metassm.distributions import MarkovPath
 from pyro_metassm.dynamics import LowRankMLP
 from pyro_metassm.likelihoods import Gaussian, Likelihood
 from pyro_metassm.neurons import NeuronTable, ReadOut
+from pyro_metassm.observations import observed
 from pyro_metassm.recordings import Batch, Recordings
 
 
@@ -177,19 +178,6 @@ class MetaSSM(PyroModule):
     def trial_plate(self, batch: Batch) -> pyro.plate:
         """Trials of the batch; ``batch.trial_scale`` scales each recording's trials up to all of its trials."""
         return pyro.plate("trial", batch.num_trials, dim=-1)
-
-
-def observed(y: TorchDistribution, mask: Tensor) -> TorchDistribution:
-    """``y`` over ``(time, neuron)`` as one event, in which what was not observed counts nothing."""
-    if len(y.event_shape) == 0:
-        return y.mask(mask).to_event(2)
-    if (
-        len(y.event_shape) == 1
-    ):  # a joint distribution over the neurons: a bin counts if any neuron was observed
-        return y.mask(mask.any(-1)).to_event(1)
-    raise ValueError(
-        f"likelihood: needed a distribution of each neuron or over the neurons, got event shape {y.event_shape}"
-    )
 
 
 def _check_sizes(**sizes) -> None:

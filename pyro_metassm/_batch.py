@@ -23,7 +23,7 @@ class Batch:
         names: The R recordings.
         recording: `(R,)` long, the row of each in the model's tables.
         observations: `(R, K, T, N)`, zero where missing or padded.
-        mask: `(R, K, T, N)` bool, True = observed.
+        mask: `(R, K, T, N)` bool, True = observed; expanded from `(R, 1, 1, N)` where no bin is missing.
         time_mask: `(R, K, T)` bool, the bins that a trial has, observed or not.
         held_in: `(R, N)` bool, the real neurons that the guide may see.
         num_neurons: The R numbers of neurons.
@@ -123,31 +123,43 @@ def collate(
 
     shape = (len(chosen), num_trials, int(lengths.max()))
     observations = torch.zeros(*shape, max(num_neurons), dtype=dtype, device=device)
-    mask = torch.zeros(observations.shape, dtype=torch.bool, device=device)
+    neurons = moved(np.arange(max(num_neurons)) < np.array(num_neurons)[:, None], device)
+    # Where nothing is missing the mask says the same in every bin, and takes no memory.
+    complete = bool((lengths == shape[2]).all()) and all(recording.complete for recording in chosen)
+    mask = neurons[:, None, None, :].expand(observations.shape)
+    mask = mask if complete else torch.zeros_like(mask, memory_format=torch.contiguous_format)
     num_inputs = num_inputs_of(chosen[0])
     inputs = torch.zeros(*shape, num_inputs, dtype=dtype, device=device) if num_inputs else None
-    for r, (recording, index) in enumerate(zip(chosen, indices, strict=True)):
+    all_rows = moved(np.concatenate(indices), device).split([len(index) for index in indices])
+    for r, (recording, rows) in enumerate(zip(chosen, all_rows, strict=True)):
         time = int(lengths[r].max())
-        where = (r, slice(len(index)), slice(time), slice(recording.num_neurons))
-        rows = torch.from_numpy(index).to(device)
+        where = (r, slice(len(rows)), slice(time), slice(recording.num_neurons))
         values, observed, given = recording.on(dtype, device)
         observations[where] = values[:, :time].index_select(0, rows)
-        mask[where] = observed[:, :time].index_select(0, rows)
+        if not complete:
+            mask[where] = observed[:, :time].index_select(0, rows)
         if inputs is not None and given is not None:
-            inputs[r, : len(index), :time] = given[:, :time].index_select(0, rows)
+            inputs[r, : len(rows), :time] = given[:, :time].index_select(0, rows)
     scale = [[recording.num_trials / len(index)] for recording, index in zip(chosen, indices, strict=True)]
     return Batch(
         names=chosen_names,
-        recording=torch.tensor([known[name] for name in chosen_names], device=device),
+        recording=moved(np.array([known[name] for name in chosen_names]), device),
         observations=observations,
         mask=mask,
-        time_mask=torch.arange(shape[2], device=device) < torch.from_numpy(lengths).to(device)[..., None],
-        held_in=torch.from_numpy(held_in).to(device),
+        time_mask=moved(np.arange(shape[2]) < lengths[..., None], device),
+        held_in=moved(held_in, device),
         num_neurons=num_neurons,
-        trial_scale=torch.tensor(scale, dtype=dtype, device=device),
+        trial_scale=moved(np.array(scale), device).to(dtype),
         inputs=inputs,
         num_recordings=len(recs),
     )
+
+
+def moved(array: np.ndarray, device: torch.device) -> Tensor:
+    """A small array on a device; from pinned memory, so that the host does not wait for a GPU."""
+    tensor = torch.from_numpy(array)
+    tensor = tensor.pin_memory() if device.type == "cuda" else tensor
+    return tensor.to(device, non_blocking=True)
 
 
 def num_inputs_of(recording: Recording) -> int:

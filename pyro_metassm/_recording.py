@@ -361,6 +361,11 @@ class Recording:
             ds.attrs["name"], ds["observations"], bin_width=ds.attrs["bin_width"], attrs=attrs, **given
         )
 
+    @functools.cached_property
+    def complete(self) -> bool:
+        """Whether every neuron was observed in every bin of the arrays."""
+        return bool(self.mask.all())
+
     def on(self, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor, Tensor | None]:
         """Values, mask and inputs as tensors, kept for the next batch."""
         if (dtype, device) not in self._tensors:

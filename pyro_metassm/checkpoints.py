@@ -12,11 +12,14 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from pyro_metassm.history import History
+
 FORMAT = 1
 
 
 def save(folder: str | Path, trainer) -> None:
     """Write the trainer's state: parameters, optimiser, schedule, random states, history. New file, then rename."""
+    trainer.settle()
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {f"model.{k}": v for k, v in trainer.model.state_dict().items()}
@@ -27,7 +30,9 @@ def save(folder: str | Path, trainer) -> None:
     tensors["rng"] = torch.get_rng_state()
     if trainer.device.type == "cuda":
         tensors["rng_cuda"] = torch.cuda.get_rng_state(trainer.device)
-    tensors |= {f"history.{k}": torch.tensor(v, dtype=torch.float64) for k, v in trainer.history.items()}
+    tensors |= {
+        f"history.{k}": torch.tensor(v, dtype=torch.float64) for k, v in trainer.history.columns.items()
+    }
     groups = [
         {k: v for k, v in g.items() if k != "params"} | {"params": g["params"]}
         for g in optimizer["param_groups"]
@@ -82,7 +87,7 @@ def resume(folder: str | Path, trainer) -> bool:
     torch.set_rng_state(tensors["rng"].cpu())
     if "rng_cuda" in tensors:
         torch.cuda.set_rng_state(tensors["rng_cuda"].cpu(), trainer.device)
-    trainer.history = {k: v.tolist() for k, v in _part(tensors, "history.").items()}
+    trainer.history = History({k: v.tolist() for k, v in _part(tensors, "history.").items()})
     trainer.step, trainer.seconds = header["step"], header["seconds"]
     trainer.keep()
     return True

@@ -121,7 +121,8 @@ class RolloutPath(TorchDistribution):
     Args:
         loc, scale: ``(..., time, latent_dim)`` of the encoder.
         prior: the path's prior; its transition makes the roll-outs, its mask says which bins exist.
-        rollout: ``(..., time)`` bool or None; the first bin is always the encoder's.
+        rollout: ``(..., time)`` bool or None, best on the CPU whatever the device; the first bin is always the
+            encoder's.
     """
 
     arg_constraints: dict = {}
@@ -150,11 +151,9 @@ class RolloutPath(TorchDistribution):
         z = self.loc + self.scale * torch.randn(shape, dtype=self.loc.dtype, device=self.loc.device)
         if self.rollout is None:
             return z
-        depth = _run_depth(self.rollout)
-        for level in range(1, int(depth.max()) + 1):
-            bins = _padded_positions(depth == level).expand(
-                *z.shape[:-2], -1
-            )  # (..., W); padding = num_steps
+        # Which bins are advanced together is worked out on the host, so that a GPU is not waited for.
+        for bins in _levels(self.rollout.cpu()):
+            bins = bins.to(z.device, non_blocking=True).expand(*z.shape[:-2], -1)
             index = bins.unsqueeze(-1).expand(*bins.shape, z.shape[-1])
             before = z.gather(-2, index - 1)
             after = self.prior.transition(before).rsample()
@@ -165,7 +164,9 @@ class RolloutPath(TorchDistribution):
     def log_prob(self, value: Tensor) -> Tensor:
         encoder = dist.Normal(self.loc, self.scale).log_prob(value).sum(-1)
         if self.rollout is not None:
-            encoder = torch.where(self.rollout, self.prior.log_factors(value), encoder)
+            encoder = torch.where(
+                self.rollout.to(value.device, non_blocking=True), self.prior.log_factors(value), encoder
+            )
         return self.prior.masked(encoder).sum(-1)
 
     def kl_given(self, prior: MarkovPath, value: Tensor) -> Tensor:
@@ -181,7 +182,7 @@ class RolloutPath(TorchDistribution):
                 first, _kl_or_sampled(self._encoder(slice(1, None)), successor, value[..., 1:, :])
             )
         if self.rollout is not None:
-            kl = kl.masked_fill(self.rollout, 0.0)
+            kl = kl.masked_fill(self.rollout.to(value.device, non_blocking=True), 0.0)
         return prior.masked(kl).sum(-1)
 
     def _encoder(self, bins: int | slice) -> TorchDistribution:
@@ -194,6 +195,12 @@ def _along_time(first: Tensor, rest: Tensor) -> Tensor:
     return torch.cat([first.expand(batch).unsqueeze(-1), rest.expand(*batch, -1)], -1)
 
 
+def _levels(rollout: Tensor) -> list[Tensor]:
+    """The bins at depth 1, 2, ... of their runs, ``(..., W)`` each, padded with the number of bins."""
+    depth = _run_depth(rollout)
+    return [_padded_positions(depth == level) for level in range(1, int(depth.max()) + 1)]
+
+
 def _run_depth(rollout: Tensor) -> Tensor:
     """Length of the run of True that ends at each position (0 where False); the first position is False."""
     position = torch.arange(rollout.shape[-1], device=rollout.device)
@@ -203,9 +210,11 @@ def _run_depth(rollout: Tensor) -> Tensor:
 
 def _padded_positions(mask: Tensor) -> Tensor:
     """Positions of True along the last dimension, ``(..., W)``, padded with the dimension's size."""
-    size = mask.shape[-1]
-    position = torch.where(mask, torch.arange(size, device=mask.device), size)
-    return position.sort(-1).values[..., : int(mask.sum(-1).max())]
+    size, number = mask.shape[-1], mask.sum(-1, keepdim=True)
+    positions = torch.full((*mask.shape[:-1], int(number.max())), size, device=mask.device)
+    filled = torch.arange(positions.shape[-1], device=mask.device) < number
+    positions[filled] = mask.nonzero()[:, -1]  # in the order of the rows, as `filled` takes them
+    return positions
 
 
 def _kl_or_sampled(q: TorchDistribution, p: TorchDistribution, value: Tensor) -> Tensor:

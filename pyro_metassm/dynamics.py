@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+
+from pyro_metassm.native import mlp as native
 
 
 class LowRankHypernetwork(nn.Module):
@@ -44,13 +47,47 @@ class LowRankHypernetwork(nn.Module):
 class AdaptedMLP:
     """The dynamics of one draw of embeddings: ``z (..., K, latent_dim) -> next mean``, weights made once.
 
-    Low-rank updates are applied in factored form, ``x W + (x u) v^T``; the adapted matrix is never built.
+    Low-rank updates are applied in factored form, ``x W + (x u) v^T``; the adapted matrix is never built. On a CPU
+    with a C compiler the same is done in C, which builds it in cache (:mod:`pyro_metassm.native.mlp`).
     """
 
     def __init__(self, mlp: LowRankMLP, updates: Sequence[tuple[Tensor, Tensor]]):
         self.mlp, self.updates = mlp, updates
 
     def __call__(self, z: Tensor) -> Tensor:
+        compiled = self._compiled(z, 1, None)
+        return self._next(z) if compiled is None else compiled
+
+    def rollout(self, z: Tensor, num_steps: int, clamp: float | None = None) -> Tensor:
+        """The path that follows from states without noise.
+
+        Args:
+            z: ``(..., K, 1, latent_dim)``, one bin.
+            num_steps: bins that follow, at least 1.
+            clamp: limit of the absolute values of every state.
+
+        Returns:
+            ``(..., K, num_steps, latent_dim)``.
+
+        Raises:
+            ValueError: for states of several bins, or no steps.
+        """
+        if z.dim() < 2 or z.shape[-2] != 1 or num_steps < 1:
+            raise ValueError(
+                "a roll-out needs states (..., K, 1, latent_dim) and num_steps >= 1, got "
+                f"{tuple(z.shape)} and {num_steps}"
+            )
+        compiled = self._compiled(z, num_steps, clamp)
+        if compiled is not None:
+            return compiled
+        path = []
+        for _ in range(num_steps):
+            z = self(z) if clamp is None else self(z).clamp(-clamp, clamp)
+            path.append(z)
+        return torch.cat(path, -2)
+
+    def _next(self, z: Tensor) -> Tensor:
+        """The equations, in PyTorch."""
         x = z
         for number, layer in enumerate(self.mlp.layers):
             out = layer(x)
@@ -60,10 +97,62 @@ class AdaptedMLP:
             x = self.mlp.activation(out) if number + 1 < len(self.mlp.layers) else out
         return z + x if self.mlp.residual else x
 
+    def _compiled(self, z: Tensor, num_steps: int, clamp: float | None) -> Tensor | None:
+        """A roll-out in C, or None where there is none for these."""
+        layers = native.linear(self.mlp.layers)
+        batch = _recordings(z, self.updates)
+        if layers is None or batch is None or type(self) is not AdaptedMLP:
+            return None
+        states = z.shape[-3:] if batch else z.shape
+        path = native.rollout(
+            _flat(z, batch, states).flatten(1, -2),
+            layers,
+            [(_flat(u, batch, u.shape[-2:]), _flat(v, batch, v.shape[-2:])) for u, v in self.updates],
+            num_steps=num_steps,
+            activation=self.mlp.activation,
+            residual=self.mlp.residual,
+            clamp=clamp,
+        )
+        if path is None:
+            return None
+        return (
+            path.reshape(*batch, *states)
+            if num_steps == 1
+            else path.reshape(*batch, *states[:-2], num_steps, -1)
+        )
+
     def update_norm(self) -> Tensor:
         """Mean over the recordings of the squared Frobenius norms of the updates, ``sum |u v^T|^2``."""
         norms = [((u.mT @ u) * (v.mT @ v)).sum((-1, -2)).mean() for u, v in self.updates]
         return torch.stack(norms).sum() if norms else torch.zeros(())
+
+
+def _recordings(z: Tensor, updates: Sequence[tuple[Tensor, Tensor]]) -> torch.Size | None:
+    """Draws and recordings of updates ``(..., R, 1, in, rank)`` and states ``(..., R, K, T, d)``, as they broadcast.
+
+    Nothing, ``()``, where all states belong to one recording; None where this is not how the shapes are.
+    """
+    leads = {factor.shape[:-2] for update in updates for factor in update}
+    lead = leads.pop() if leads else torch.Size()
+    if leads or z.dim() < 2:
+        return None
+    if lead.numel() == 1 and len(lead) <= z.dim() - 2:
+        return torch.Size()
+    if z.dim() == 2 or not lead or lead[-1] != 1:
+        return None
+    if z.shape[:-3] == lead[:-1]:
+        return lead[:-1]
+    with contextlib.suppress(RuntimeError):  # shapes that do not fit: PyTorch will say so
+        return torch.broadcast_shapes(z.shape[:-3], lead[:-1])
+    return None
+
+
+def _flat(x: Tensor, batch: torch.Size, own: torch.Size) -> Tensor:
+    """``(..., [1,] *own)`` to ``(draws and recordings, *own)``."""
+    if x.numel() != batch.numel() * own.numel():
+        lead = x.shape[: x.dim() - len(own)]
+        x = x.reshape(*(lead if len(own) > 2 else lead[:-1]), *own).expand(*batch, *own)
+    return x.reshape(batch.numel(), *own)
 
 
 def _times(x: Tensor, weight: Tensor) -> Tensor:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from pyro_metassm.neurons import NeuronTable
+from pyro_metassm.observations import NeuronNormal, SaturatingPoisson
 from pyro_metassm.recordings import Recording, Recordings
 
 
@@ -54,7 +55,7 @@ class Gaussian(Likelihood):
         self.log_sd = nn.Parameter(torch.zeros(neurons.total))
 
     def forward(self, predictor: Tensor, recording: Tensor) -> TorchDistribution:
-        return dist.Normal(predictor, self.by_neuron(self.log_sd, predictor, recording).exp())
+        return NeuronNormal(predictor, self.by_neuron(self.log_sd, predictor, recording).exp())
 
     @torch.no_grad()
     def start(self, recordings: Recordings) -> None:
@@ -81,7 +82,7 @@ class _Counts(Likelihood):
 
     def log_rate(self, predictor: Tensor, recording: Tensor) -> Tensor:
         ceiling = self.by_neuron(self.log_ceiling, predictor, recording)
-        return ceiling - functional.softplus(ceiling - predictor)
+        return ceiling + functional.logsigmoid(predictor - ceiling)
 
     def check(self, recording: Recording) -> None:
         recording.check_counts()
@@ -98,7 +99,7 @@ class Poisson(_Counts):
     r"""``y ~ Poisson(rate)``, with the saturating exponential link."""
 
     def forward(self, predictor: Tensor, recording: Tensor) -> TorchDistribution:
-        return dist.Poisson(self.log_rate(predictor, recording).exp())
+        return SaturatingPoisson(predictor, self.by_neuron(self.log_ceiling, predictor, recording))
 
 
 class NegativeBinomial(_Counts):

@@ -13,8 +13,10 @@ import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
-from pyro_metassm.recordings import Recordings
+from pyro_metassm.blocks import each_block, everywhere
+from pyro_metassm.recordings import Batch, Recordings
 
 
 class NeuronTable(nn.Module):
@@ -143,7 +145,7 @@ class ReadIn(nn.Module):
         neurons: the table of all neurons.
         out_dim: channels of the common space.
 
-    Shape: ``(R, K, T, neuron) -> (R, K, T, out_dim)``, and the share of neurons seen ``(R, K, T, 1)``.
+    Shape: a batch's ``(R, K, T, neuron)`` to ``(R, K, T, out_dim)``, and the share of neurons seen ``(R, K, T, 1)``.
     """
 
     center: Tensor
@@ -178,23 +180,75 @@ class ReadIn(nn.Module):
             self.scale[row] = max(float(np.sqrt(variance)), 1e-6)
         self.started.fill_(True)
 
-    def features(self, observations: Tensor, seen: Tensor, recording: Tensor) -> Tensor:
+    def features(self, batch: Batch) -> Tensor:
         """Centred and scaled features of the neurons, zero where not seen, ``(R, K, T, neuron)``."""
-        center = self.neurons.gather(self.center, recording, observations.shape[-1])[:, None, None, :]
-        counts, scale = (b[recording].view(-1, 1, 1, 1) for b in (self.counts, self.scale))
-        features = torch.where(counts, observations.clamp(min=0).sqrt(), observations)
-        return (features - center) / scale * seen
+        center = self.neurons.gather(self.center, batch.recording, batch.width)[:, None, None, :]
+        seen = everywhere(batch.mask) & batch.held_in[:, None, None, :]
+        scale = self.scale[batch.recording].view(-1, 1, 1, 1)
+        return (self._transformed(batch) - center).mul_(seen).div_(scale)
 
-    def forward(
-        self, observations: Tensor, seen: Tensor, recording: Tensor, held_in: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        weight = self.neurons.gather(self.weight, recording, observations.shape[-1])
-        count = seen.sum(-1, keepdim=True).to(weight.dtype)
-        known = held_in.sum(-1).clamp(min=1)[:, None, None, None].to(weight.dtype)
-        share = count / known
-        ybar = (
-            linear_by_recording(self.features(observations, seen, recording), weight)
-            * known.sqrt()
-            / count.clamp(min=1)
-        )
-        return (ybar + self.bias[recording][:, None, None, :]) * (share > 0), share
+    def forward(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        shape = (*batch.observations.shape[:3], 1)
+        weight = self.neurons.gather(self.weight, batch.recording, batch.width)
+        center = self.neurons.gather(self.center, batch.recording, batch.width)
+        scale = self.scale[batch.recording].view(-1, 1, 1)
+        steady = everywhere(batch.mask)
+        # Held-out neurons and padding have no weight; the mask is needed only where bins are missing.
+        weight = weight * (batch.held_in.unsqueeze(-1) / scale)
+        y = self._transformed(batch)
+        product = _CentredProduct.apply(y, batch.mask, center, weight, batch.num_neurons)
+        count = (steady & batch.held_in[:, None, None, :]).sum(-1, keepdim=True).to(weight.dtype)
+        known = batch.held_in.sum(-1).clamp(min=1)[:, None, None, None].to(weight.dtype)
+        bias = self.bias[batch.recording][:, None, None, :] * (count > 0).to(weight.dtype)
+        ybar = torch.addcmul(bias, product, known.sqrt() / count.clamp(min=1))
+        return ybar, (count / known).expand(shape)
+
+    def _transformed(self, batch: Batch) -> Tensor:
+        y = batch.observations
+        # On a GPU the root costs less than asking whether it is needed.
+        if y.device.type == "cpu" and not self.counts.any():
+            return y
+        return torch.where(self.counts[batch.recording].view(-1, 1, 1, 1), y.clamp(min=0).sqrt(), y)
+
+
+class _CentredProduct(torch.autograd.Function):
+    """``(mask (y - center)) @ weight`` of every recording, from pieces that are made again for the backward pass.
+
+    ``y, mask (R, K, T, N)``, ``center (R, N)``, ``weight (R, N, C)`` and the real numbers of neurons to
+    ``(R, K, T, C)``; gradient of the weight alone.
+    """
+
+    @staticmethod
+    def forward(ctx, y: Tensor, mask: Tensor, center: Tensor, weight: Tensor, num_neurons: tuple[int, ...]):
+        ctx.save_for_backward(y, mask, center)
+        ctx.num_neurons = num_neurons
+        out = y.new_empty(*y.shape[:3], weight.shape[-1])
+
+        def work(rows: slice, trials: slice) -> None:
+            x = _piece(y, mask, center, rows, trials, num_neurons)
+            out[rows, trials] = torch.bmm(x, weight[rows, : x.shape[-1]]).view(out[rows, trials].shape)
+
+        each_block(y, work)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor):
+        y, mask, center = ctx.saved_tensors
+        grad_weight = grad.new_zeros(*center.shape, grad.shape[-1])
+
+        def work(rows: slice, trials: slice) -> None:
+            x = _piece(y, mask, center, rows, trials, ctx.num_neurons)
+            grad_weight[rows, : x.shape[-1]].baddbmm_(x.mT, grad[rows, trials].flatten(1, 2))
+
+        each_block(y, work)
+        return None, None, None, grad_weight, None
+
+
+def _piece(y: Tensor, mask: Tensor, center: Tensor, rows: slice, trials: slice, num_neurons) -> Tensor:
+    """Rows of ``mask (y - center)`` of some recordings and trials, without common padding ``(R', K' T, N')``."""
+    neurons = slice(max(num_neurons[rows]))
+    x = torch.sub(y[rows, trials, :, neurons], center[rows, None, None, neurons])
+    if everywhere(mask) is mask:
+        x.mul_(mask[rows, trials, :, neurons].to(x.dtype))
+    return x.flatten(1, 2)

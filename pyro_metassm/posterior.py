@@ -16,7 +16,8 @@ from torch import Tensor
 
 from pyro_metassm import _checks as checks
 from pyro_metassm import trees
-from pyro_metassm.models.meta_ssm import MetaSSM, observed
+from pyro_metassm.models.meta_ssm import MetaSSM
+from pyro_metassm.observations import observed
 from pyro_metassm.recordings import Batch, Recordings
 from pyro_metassm.result import Fit, recording_statistics
 

@@ -5,28 +5,29 @@ from __future__ import annotations
 import copy
 import math
 import time
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pyro
 import torch
-import xarray as xr
 from torch import nn
 from tqdm.auto import tqdm
 
 from pyro_metassm import _checks as checks
+from pyro_metassm import _machine as machine
 from pyro_metassm import checkpoints
 from pyro_metassm import warm_start as starts
 from pyro_metassm.elbo import SequentialELBO
 from pyro_metassm.guides.base import AmortizedGuide
+from pyro_metassm.history import History
 from pyro_metassm.models.meta_ssm import MetaSSM
+from pyro_metassm.optimizers import adam, one_cycle
 from pyro_metassm.recordings import Batch, Recordings, sample_trials
 from pyro_metassm.result import Fit, embedding_statistics
-from pyro_metassm.schedules import one_cycle
 
 SLOW = 0.1  # learning rate of started dynamics, relative to the rest
+SETTLE = 10  # steps after which a GPU is asked for their numbers; a CPU is asked after each
 
 
 class NonFiniteLossError(RuntimeError):
@@ -80,7 +81,7 @@ def fit(
         update_penalty: weight of the squared norm of the embedding's updates of the dynamics, per observed number.
         seed: of everything random in the fit; the same seed on one machine gives the same numbers.
         device: "cpu", "cuda", or "auto" (a GPU where there is one).
-        num_threads: threads of PyTorch while fitting; None lets the size of the problem choose.
+        num_threads: threads while fitting; None takes PyTorch's present number (``torch.get_num_threads()``).
         checkpoint: folder to save the state in every ``checkpoint_every`` steps; a folder that holds the state of
             the same fit is resumed.
         progress: show a progress bar.
@@ -126,8 +127,9 @@ def fit(
     model, guide = copy.deepcopy((model, guide))
     model.to(chosen).train(), guide.to(chosen).train()
     guide.read_in.start(recs)
-    threads = num_threads or _choose_threads(model, recs, trials_per_step)
-    with _threads(threads), torch.random.fork_rng([chosen] if chosen.type == "cuda" else []):
+    threads = machine.threads(num_threads or torch.get_num_threads())
+    generators = [chosen] if chosen.type == "cuda" else []
+    with threads, machine.memory_kept(), torch.random.fork_rng(generators):
         torch.manual_seed(seed)
         trainer = Trainer(model, guide, recs, options, chosen)
         trainer.check_program()
@@ -137,6 +139,8 @@ def fit(
             bar.update(trainer.step)
             while trainer.step < num_steps:
                 trainer.take_step()
+                if trainer.step == num_steps:
+                    trainer.settle()
                 if validation is not None and (
                     trainer.step % validation_every == 0 or trainer.step == num_steps
                 ):
@@ -146,7 +150,7 @@ def fit(
                 ):
                     checkpoints.save(checkpoint, trainer)
                 bar.update()
-                if trainer.step % 10 == 0:
+                if trainer.step % SETTLE == 0:
                     bar.set_postfix(trainer.progress(), refresh=False)
         return trainer.result()
 
@@ -176,7 +180,8 @@ class Trainer:
         self.rng = np.random.default_rng(options.seed)
         self.elbo = SequentialELBO()
         self.step = 0
-        self.history: dict[str, list[float]] = {}
+        self.history = History()
+        self.settle_every = 1 if device.type == "cpu" else SETTLE
         self.seconds = {"warm_start": 0.0, "svi": 0.0}
         dynamics = list(model.dynamics.parameters())
         slow = {id(p) for p in dynamics}
@@ -184,7 +189,7 @@ class Trainer:
         # What the start has learned of the dynamics is better than what early SVI steps would make of it.
         rates = [options.learning_rate * (SLOW if options.warm_start else 1.0), options.learning_rate]
         groups = [{"params": p, "lr": r} for p, r in zip((dynamics, rest), rates, strict=True)]
-        self.optimizer = torch.optim.Adam(groups, betas=(0.9, 0.99))
+        self.optimizer = adam(groups, betas=(0.9, 0.99))
         self.schedule = one_cycle(self.optimizer, options.num_steps)
         self.parameters = [*dynamics, *rest]
         self.last_good = [p.detach().clone() for p in self.parameters]
@@ -248,40 +253,42 @@ class Trainer:
             dynamics = self.model.adapt_dynamics(terms.embedding)
             if hasattr(dynamics, "update_norm"):
                 loss = loss + self.options.update_penalty * dynamics.update_norm()
-        if not torch.isfinite(loss):
-            bad = [n for n, v in zip(names, terms.by_recording.tolist(), strict=True) if not math.isfinite(v)]
-            raise self.stopped("loss", bad)
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         norm = nn.utils.clip_grad_norm_(self.parameters, self.options.clip_norm)
-        if not torch.isfinite(norm):
-            raise self.stopped("gradient", list(names))
-        self.keep()
+        values = {"elbo": terms.elbo, "log_likelihood": terms.log_likelihood}
+        values |= {f"kl_{site}": kl for site, kl in terms.kl.items()} | {"gradient_norm": norm}
+        self.history.add(self.step + 1, values, terms.by_recording, names)
+        if len(self.history.waiting) >= self.settle_every:
+            self.settle()
+            self.keep()
+        rate = self.optimizer.param_groups[-1]["lr"]
         self.optimizer.step()
         self.schedule.step()
         self.step += 1
         seconds = time.perf_counter() - begin
         self.seconds["svi"] += seconds
-        self.record(
-            elbo=terms.elbo.item(),
-            log_likelihood=terms.log_likelihood.item(),
-            **{f"kl_{site}": kl.item() for site, kl in terms.kl.items()},
-            gradient_norm=norm.item(),
-            learning_rate=self.optimizer.param_groups[-1]["lr"],
-            seconds=seconds,
+        self.history.record(self.step, learning_rate=rate, seconds=seconds)
+
+    def settle(self) -> None:
+        """Fetch the numbers of the last steps, and stop at the last good state if one is not finite."""
+        trouble = self.history.settle()
+        if trouble is None:
+            return
+        with torch.no_grad():
+            for kept, parameter in zip(self.last_good, self.parameters, strict=True):
+                parameter.copy_(kept)
+        raise NonFiniteLossError(
+            f"fit: the {trouble.what} was not finite at step {trouble.step}, recording(s) "
+            f"{', '.join(trouble.names) or 'unknown'}; the last good state is in this error's .fit; try a smaller "
+            "learning_rate, or look for extreme values in these recordings",
+            self.result(),
         )
 
     def keep(self) -> None:
         """Remember the parameters as the last good state."""
         for kept, parameter in zip(self.last_good, self.parameters, strict=True):
             kept.copy_(parameter.detach())
-
-    def record(self, **values: float) -> None:
-        """Append to the history of this step; a name that is new starts with NaN."""
-        for name, value in values.items():
-            column = self.history.setdefault(name, [])
-            column.extend([math.nan] * (self.step - 1 - len(column)))
-            column.append(value)
 
     def validate(self, validation: Recordings) -> None:
         """The ELBO of other trials, without roll-outs (so that per number it may lie above the training's)."""
@@ -290,52 +297,19 @@ class Trainer:
         with torch.random.fork_rng(), torch.no_grad(), pyro.validation_enabled(False):
             value = -self.elbo.loss(self.model, self.guide, self.batch(validation))
         self.guide.train()
-        self.record(validation_elbo=value)
+        self.history.record(self.step, validation_elbo=value)
 
     def progress(self) -> dict[str, str]:
-        recent = self.history["elbo"][-10:]
-        return {"elbo per bin and neuron": f"{sum(recent) / len(recent) / self.scale:.4g}"}
-
-    def stopped(self, what: str, names: list[str]) -> NonFiniteLossError:
-        with torch.no_grad():
-            for kept, parameter in zip(self.last_good, self.parameters, strict=True):
-                parameter.copy_(kept)
-        return NonFiniteLossError(
-            f"fit: the {what} was not finite at step {self.step + 1}, recording(s) {', '.join(names) or 'unknown'}; "
-            "the last good state is in this error's .fit; try a smaller learning_rate, or look for extreme values "
-            "in these recordings",
-            self.result(),
-        )
+        return {"elbo per bin and neuron": f"{self.history.recent('elbo', 10) / self.scale:.4g}"}
 
     def result(self) -> Fit:
         """The fit as it stands."""
         self.model.eval(), self.guide.eval()
         statistics = embedding_statistics(self.model, self.guide, self.recs)
-        size = max((len(column) for column in self.history.values()), default=0)
-        columns = {n: ("step", np.array(c + [math.nan] * (size - len(c)))) for n, c in self.history.items()}
         attrs = {f"{k}_seconds": v for k, v in self.seconds.items()} | {"num_observed": self.scale}
         attrs |= {} if self.validated is None else {"num_observed_validation": self.validated}
-        history = xr.Dataset(columns, coords={"step": np.arange(1, size + 1)}, attrs=attrs)
-        return Fit(self.model, self.guide, history, statistics, seed=self.options.seed)
+        return Fit(self.model, self.guide, self.history.dataset(**attrs), statistics, seed=self.options.seed)
 
 
 def _observed_numbers(recs: Recordings) -> float:
     return float(sum(recording.mask.sum() for recording in recs.values()))
-
-
-@contextmanager
-def _threads(number: int):
-    """PyTorch's number of threads, for the time of a fit."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(number)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
-def _choose_threads(model, recs: Recordings, trials_per_step: int | None) -> int:
-    """One thread for small recurrent products, which more threads slow down; all for wide data."""
-    trials = min(trials_per_step or 10**9, max(r.num_trials for r in recs.values()))
-    numbers = sum(r.num_neurons * r.num_bins for r in recs.values()) * trials
-    return 1 if numbers < 2_000_000 else torch.get_num_threads()

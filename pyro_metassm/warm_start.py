@@ -14,14 +14,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from pyro_metassm.dynamics import AdaptedMLP
 from pyro_metassm.guides.encoders import smooth
+from pyro_metassm.optimizers import adam, one_cycle
 from pyro_metassm.recordings import Batch, Recordings
-from pyro_metassm.schedules import one_cycle
 
 RIDGE = (
     0.02  # of the largest variance: keeps directions that hold only noise from being blown up by whitening
 )
 READ_OUT_ELEMENTS = 500_000  # observations a step of the read-outs' regression
+LOOK = 10  # steps between two looks at the loss: a look makes the host wait for a GPU
 KERNELS = (0.7, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0)  # sd in bins
 
 
@@ -117,13 +119,13 @@ def initialise(
         num_steps: steps of the dynamics-first stage.
         seed: of the windows drawn.
         device: where to compute.
-        on_step: called with the roll-out loss after every step.
+        on_step: called after every step with the roll-out loss, which is read every tenth step.
     """
     dtype = model.process_noise.log_scale.dtype
     batch = recs.batch(model.names, dtype=dtype, device=device)
     with torch.no_grad():
         seen = batch.mask & batch.held_in[:, None, None, :]
-        features = guide.read_in.features(batch.observations, seen, batch.recording)
+        features = guide.read_in.features(batch)
         bins = seen.any(-1)  # (R, K, T)
         frames, w = _frames(features, bins, model.latent_dim, guide)
     stage = DynamicsFirst(model, guide, w, bins)
@@ -170,12 +172,16 @@ class DynamicsFirst(nn.Module):
     windows = 32  # per recording and step
     lengths = (5, 25)
     kl_weight = 1e-4
+    rates = (1e-2, 3e-2)  # peak learning rates of the networks and of the frames
 
     def __init__(self, model, guide, w: Tensor, bins: Tensor):
         super().__init__()
         num, _, _, dim = w.shape
         self.parts = (model, guide)  # in a tuple: not ours
         self.w, self.bins = w, bins
+        times = torch.arange(1, bins.shape[-1] + 1, device=w.device)
+        self.ends = (bins * times).amax(-1)  # (R, K): one after the last bin with data
+        self.trials_with_data = bins.any(-1).to(torch.float32).cpu()
         self.frame = nn.Parameter(torch.eye(dim, dtype=w.dtype, device=w.device).repeat(num, 1, 1))
         self.offset = nn.Parameter(w.new_zeros(num, dim))
         step = (w[:, :, 1:] - w[:, :, :-1])[bins[:, :, 1:] & bins[:, :, :-1]]
@@ -184,7 +190,7 @@ class DynamicsFirst(nn.Module):
 
     def states(self, w: Tensor) -> Tensor:
         """Canonical coordinates ``(R, ..., d)`` to latents."""
-        flat = (w.flatten(1, -2) - self.offset.unsqueeze(1)) @ torch.linalg.inv(self.frame)
+        flat = (w.flatten(1, -2) - self.offset.unsqueeze(1)) @ torch.linalg.inv_ex(self.frame).inverse
         return flat.reshape(w.shape)
 
     def run(self, num_steps: int, rng: torch.Generator, on_step: Callable[[float], None]) -> None:
@@ -193,9 +199,10 @@ class DynamicsFirst(nn.Module):
         networks = [p for p in model.parameters() if id(p) not in own] + list(
             guide.encode_embedding.parameters()
         )
-        parts, rates = (networks, [self.frame, self.offset]), [3e-3, 1e-2]
-        optimizer = torch.optim.Adam([{"params": p, "lr": r} for p, r in zip(parts, rates, strict=True)])
+        parts = (networks, [self.frame, self.offset])
+        optimizer = adam([{"params": p, "lr": r} for p, r in zip(parts, self.rates, strict=True)])
         schedule = one_cycle(optimizer, num_steps)
+        seen = float("nan")
         for step in range(num_steps):
             share = min(1.0, 2 * step / max(num_steps, 1))
             length = min(
@@ -207,19 +214,16 @@ class DynamicsFirst(nn.Module):
             nn.utils.clip_grad_norm_([p for part in parts for p in part], 1.0)
             optimizer.step()
             schedule.step()
-            on_step(float(loss.detach()))
+            if step == 0 or (step + 1) % LOOK == 0:
+                seen = float(loss.detach())
+            on_step(seen)
 
     def loss(self, length: int, rng: torch.Generator) -> Tensor:
         model, _ = self.parts
         e, kl = self.embedding(rng)
         dynamics = model.adapt_dynamics(e)
         target, weight = self.draw_windows(length, rng)  # (R, V, L+1, d), (R, V, L+1)
-        z = self.states(target[..., :1, :])
-        path = []
-        for _ in range(length):
-            z = dynamics(z).clamp(-10.0, 10.0)
-            path.append(z)
-        rolled = torch.cat(path, -2)
+        rolled = roll_out(dynamics, self.states(target[..., :1, :]), length)
         predicted = (rolled.flatten(1, 2) @ self.frame + self.offset.unsqueeze(1)).reshape(rolled.shape)
         error = ((predicted - target[..., 1:, :]) ** 2).mean(-1).clamp(max=4.0)
         valid = weight[..., 1:] * weight[..., :1]
@@ -243,19 +247,27 @@ class DynamicsFirst(nn.Module):
     def draw_windows(self, length: int, rng: torch.Generator) -> tuple[Tensor, Tensor]:
         num, _, bins, _ = self.w.shape
         rows = self._trials(self.windows, rng).unsqueeze(-1)
-        start = torch.rand(num, self.windows, 1, generator=rng).to(self.w.device)
-        last = self.bins.sum(-1)[
-            torch.arange(num, device=self.w.device)[:, None], rows.squeeze(-1)
-        ].unsqueeze(-1)
-        start = (start * (last - length).clamp(min=1)).long().clamp(max=bins - length - 1)
-        times = start + torch.arange(length + 1, device=self.w.device)
         pick = torch.arange(num, device=self.w.device)[:, None, None]
+        start = torch.rand(num, self.windows, 1, generator=rng).to(self.w.device)
+        start = (start * (self.ends[pick, rows] - length).clamp(min=1)).long().clamp(max=bins - length - 1)
+        times = start + torch.arange(length + 1, device=self.w.device)
         return self.w[pick, rows, times], self.bins[pick, rows, times].to(self.w.dtype)
 
     def _trials(self, count: int, rng: torch.Generator) -> Tensor:
         """Random trials that have data, ``(R, count)``, with replacement."""
-        available = self.bins.any(-1).to(torch.float32).cpu()
-        return torch.multinomial(available, count, replacement=True, generator=rng).to(self.w.device)
+        rows = torch.multinomial(self.trials_with_data, count, replacement=True, generator=rng)
+        return rows.to(self.w.device)
+
+
+def roll_out(dynamics: Callable[[Tensor], Tensor], z: Tensor, num_steps: int, bound: float = 10.0) -> Tensor:
+    """What follows ``z (R, V, 1, d)`` without noise, ``(R, V, num_steps, d)``; clamped, so that nothing explodes."""
+    if isinstance(dynamics, AdaptedMLP):
+        return dynamics.rollout(z, num_steps, bound)
+    path = []
+    for _ in range(num_steps):
+        z = dynamics(z).clamp(-bound, bound)
+        path.append(z)
+    return torch.cat(path, -2)
 
 
 @torch.no_grad()
@@ -289,7 +301,7 @@ def _write_noise(model, guide, z: Tensor, bins: Tensor, stage: DynamicsFirst, ba
         model.initial.log_scale.copy_(first.std(0).clamp(min=0.05).log())
 
 
-def _fit_read_outs(model, z: Tensor, batch: Batch, rng: torch.Generator, num_steps: int = 200) -> None:
+def _fit_read_outs(model, z: Tensor, batch: Batch, rng: torch.Generator, num_steps: int = 80) -> None:
     """Maximise the model's own likelihood of every neuron given the frame: a regression in the given family."""
     read_out = model.read_out
     with torch.no_grad():
@@ -311,7 +323,8 @@ def _fit_read_outs(model, z: Tensor, batch: Batch, rng: torch.Generator, num_ste
                 read_out.weight[rows] = solution[:-1].mT
                 read_out.bias[rows] = solution[-1]
     parameters = [*read_out.parameters(), *model.observation.parameters()]
-    optimizer = torch.optim.Adam(parameters, lr=0.05)
+    # A short memory of the gradients' scale: they shrink by orders of magnitude as the noise is found.
+    optimizer = adam(parameters, lr=0.1, betas=(0.8, 0.99))
     schedule = one_cycle(optimizer, num_steps)
     trials = max(1, min(z.shape[1], READ_OUT_ELEMENTS // batch.observations[:, 0].numel()))
     for _ in range(num_steps):

@@ -11,13 +11,14 @@ ROOT = Path(__file__).resolve().parents[1]
 # with a leading underscore are private parts of the modules of their layer.
 LAYERS: tuple[set[str], ...] = (
     {
-        "_batch", "_checks", "_recording", "_summary",
-        "distributions", "dynamics", "io", "likelihoods", "neurons", "recordings", "simulate",
+        "_batch", "_checks", "_machine", "_recording", "_summary",
+        "blocks", "distributions", "dynamics", "io", "likelihoods", "native", "neurons", "observations",
+        "recordings", "simulate",
     },
     {"models"},
     {"guides"},
     {
-        "adaptation", "checkpoints", "elbo", "posterior", "result", "saving", "schedules",
+        "adaptation", "checkpoints", "elbo", "history", "posterior", "result", "saving", "optimizers",
         "training", "trees", "warm_start",
     },
     {"_embedding_plot", "_flow_plots", "_scores", "analysis", "metrics", "plots"},

@@ -11,8 +11,8 @@ from problems import garbage, recordings
 
 import pyro_metassm as pm
 from pyro_metassm import likelihoods
-from pyro_metassm.models.meta_ssm import observed
 from pyro_metassm.neurons import NeuronTable
+from pyro_metassm.observations import observed
 from pyro_metassm.recordings import Recording, Recordings
 
 SIGMAS = 5.0

@@ -50,7 +50,7 @@ def _expected() -> list[str]:
     """The files that a wheel must have, from the sources: nothing may be left out of `packages` unseen."""
     found = ["pyro_metassm/py.typed"]
     for folder, prefix in (("pyro_metassm", ""), ("models", "pyro_metassm/"), ("guides", "pyro_metassm/")):
-        for path in (ROOT / folder).rglob("*.py"):
+        for path in (path for kind in ("*.py", "*.c", "*.h") for path in (ROOT / folder).rglob(kind)):
             relative = path.relative_to(ROOT)
             if relative.parts[:2] not in {("pyro_metassm", name) for name in LINKS}:
                 found.append(prefix + relative.as_posix())

@@ -118,9 +118,7 @@ def test_read_in_is_its_equation(counts):
     with torch.no_grad():
         read_in.bias.normal_()
     batch = recs.select(["c", "a"]).batch(recs.names, dtype=DOUBLE)
-    ybar, share = read_in(
-        batch.observations, batch.mask & batch.held_in[:, None, None], batch.recording, batch.held_in
-    )
+    ybar, share = read_in(batch)
     for r, name in enumerate(batch.names):
         recording, rows = recs[name], read_in.neurons.slice(name)
         y = np.sqrt(recording.observations) if counts else recording.observations

@@ -45,6 +45,35 @@ def test_a_non_finite_loss_names_recording_and_step(recs, monkeypatch):
     assert isinstance(caught.value, RuntimeError)
 
 
+def test_numbers_that_are_fetched_later_tell_the_same(recs, tmp_path, monkeypatch):
+    """As on a GPU: steps are looked at four at a time, and the last good state is the one looked at last."""
+    model, guide = parts(recs)
+    options = {"warm_start": False, "num_steps": 10, "progress": False}
+    expected = pm.fit(model, guide, recs, **options)
+    original, states, steps, adam = Trainer.__init__, [], itertools.count(1), torch.optim.Adam.step
+
+    def later(self, *args):
+        original(self, *args)
+        self.settle_every = 4
+
+    def step(self, *args, **kwargs):
+        states.append([p.detach().clone() for group in self.param_groups for p in group["params"]])
+        adam(self, *args, **kwargs)
+        if next(steps) == 6:
+            self.param_groups[-1]["params"][0].data.fill_(torch.nan)
+
+    monkeypatch.setattr(Trainer, "__init__", later)
+    assert_same(pm.fit(model, guide, recs, **options), expected)
+    assert_same(pm.fit(model, guide, recs, checkpoint=tmp_path, checkpoint_every=3, **options), expected)
+    monkeypatch.setattr(torch.optim.Adam, "step", step)
+    with pytest.raises(pm.NonFiniteLossError, match="at step 7") as caught:
+        pm.fit(model, guide, recs, **options)
+    fit = caught.value.fit
+    assert np.array_equal(fit.history["elbo"], expected.history["elbo"][:6])
+    kept = {p.data_ptr(): p for p in (*fit.model.parameters(), *fit.guide.parameters())}.values()
+    assert all(any(torch.equal(p, s) for s in states[3] if s.shape == p.shape) for p in kept)
+
+
 def test_the_last_good_state_after_a_warm_start_is_the_started_one(recs, monkeypatch):
     """A first step that fails leaves what the start has learned, not the random state before it."""
     model, guide = parts(recs)

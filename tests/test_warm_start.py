@@ -6,6 +6,7 @@ import torch
 
 import pyro_metassm as pm
 from pyro_metassm import warm_start
+from pyro_metassm.dynamics import LowRankMLP
 from pyro_metassm.guides.encoders import smooth
 
 
@@ -99,6 +100,61 @@ def test_smoothing_is_a_weighted_mean_and_can_leave_a_bin_out():
     spike = torch.zeros_like(x)
     spike[..., 4, :] = 1.0
     assert smooth(spike, torch.ones_like(x), 1.5, leave_out=True)[0, 0, 4, 0] == 0.0
+
+
+@pytest.mark.parametrize("rank", [0, 2])
+def test_roll_outs_of_the_librarys_dynamics_are_those_of_any_callable(rank):
+    """In value and gradient; the first states leave the bounds, or do not."""
+    torch.manual_seed(0)
+    mlp = LowRankMLP(2, 3, rank=rank, hidden_dim=7).double()
+    e = torch.randn(2, 1, 3, dtype=torch.double, requires_grad=True)
+    z = (2.0 * torch.randn(2, 5, 1, 2, dtype=torch.double)).requires_grad_()
+    leaves = [p for p in (z, e, *mlp.parameters()) if p.numel()]
+    own, results = mlp(e), []
+    for dynamics in (own, lambda z: own(z)):
+        path = warm_start.roll_out(dynamics, z, 9, 3.0)
+        gradients = torch.autograd.grad(path.sin().sum(), leaves, allow_unused=True, retain_graph=True)
+        results.append([path, *(g for g in gradients if g is not None)])
+    assert results[0][0].shape == (2, 5, 9, 2) and (results[0][0].abs() == 3.0).any()
+    assert len(results[0]) == len(results[1])
+    for one, other in zip(*results, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-10)
+
+
+def test_windows_lie_where_trials_have_data():
+    recs = pm.simulate.limit_cycles([3.0, 5.0], num_trials=6, num_steps=40, num_neurons=8, seed=1)
+    model = pm.models.MetaSSM(recs, latent_dim=2, embedding_dim=1, hidden_dim=4)
+    w = torch.arange(40.0).expand(2, 6, 40).unsqueeze(-1).repeat(1, 1, 1, 2)
+    bins = torch.ones(2, 6, 40, dtype=torch.bool)
+    bins[:, :3, 25:] = False  # short trials
+    bins[:, 0] = False  # an empty one
+    bins[:, 4, 5] = False  # a missing bin
+    stage = warm_start.DynamicsFirst(model, pm.guides.DKF(model, hidden_dim=4), w, bins)
+    rng = torch.Generator().manual_seed(0)
+    for length in (1, 10, 24):
+        targets, weight = stage.draw_windows(length, rng)
+        assert targets.shape == (2, stage.windows, length + 1, 2) and weight.shape == targets.shape[:-1]
+        assert torch.equal(targets[..., 1:, 0] - targets[..., :-1, 0], torch.ones_like(targets[..., 1:, 0]))
+        # But for the missing bin all are there: one of a window's bins at most.
+        assert (weight.sum(-1) >= length).all()
+
+
+@pytest.mark.parametrize("family", ["Gaussian", "Poisson", "NegativeBinomial"])
+def test_read_outs_come_close_to_the_best_given_the_states(family):
+    """Against five times the steps: what is left is far below what SVI moves in its first steps."""
+    noise = "gaussian" if family == "Gaussian" else "poisson"
+    recs = pm.simulate.limit_cycles([3.0, 5.0], noise=noise, num_trials=40, num_neurons=(10, 15), seed=2)
+    z = torch.tensor(np.stack([recs.truth[n]["latents"].values for n in recs.names])).float()
+    likelihood = getattr(pm.likelihoods, family)
+    losses = []
+    for more in ({}, {"num_steps": 400}):
+        model = pm.models.MetaSSM(recs, latent_dim=2, embedding_dim=1, likelihood=likelihood)
+        batch = recs.batch(model.names)
+        warm_start._fit_read_outs(model, z, batch, torch.Generator().manual_seed(0), **more)
+        with torch.no_grad():
+            y = model.likelihood(model.read_out(z, batch.recording, batch.width), batch.recording)
+            losses.append(float(-(y.log_prob(batch.observations) * batch.mask).sum() / batch.mask.sum()))
+    assert losses[0] - losses[1] < 1e-3
 
 
 def test_the_start_alone_forecasts_and_beats_a_random_start():

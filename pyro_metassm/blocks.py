@@ -1,0 +1,64 @@
+"""Work on tensors over neurons in pieces that stay in a processor's cache, on several threads.
+
+The observations of a batch, ``(R, K, T, N)``, are by far its largest tensor. Elementwise work on all of it at once is
+bound by fresh memory; the same work piece by piece reuses small buffers.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from pyro_metassm import native
+
+CACHED = 2**17  # numbers of one piece on a CPU: a few such buffers fit a core's cache
+LARGE = 2**20  # numbers from which it pays to wake other threads
+
+
+def blocks(shape: tuple[int, ...], device: torch.device) -> list[list[tuple[slice, slice]]]:
+    """Slices of the recordings and of the trials of ``(R, K, T, N)``: several recordings, or some trials of one.
+
+    Those of the same recordings are listed together. Each piece is contiguous where the tensor is. On other devices
+    than a CPU there is one piece.
+    """
+    num, trials, bins, neurons = shape
+    recording, trial = trials * bins * neurons, bins * neurons
+    if device.type != "cpu" or num * recording <= CACHED:
+        return [[(slice(0, num), slice(0, trials))]]
+    some = max(1, CACHED // recording)
+    few = max(1, CACHED // trial) if recording > CACHED else trials
+    return [
+        [(slice(row, min(row + some, num)), slice(k, min(k + few, trials))) for k in range(0, trials, few)]
+        for row in range(0, num, some)
+    ]
+
+
+def each_block(x: Tensor, work: Callable[[slice, slice], None]) -> None:
+    """``work(recordings, trials)`` for all blocks of ``x (R, K, T, N)``, without gradients.
+
+    Blocks of different recordings may be worked on at the same time by several threads; those of the same recordings
+    are one after the other, always in the same order, so that sums over trials can be made in place and do not depend
+    on the number of threads.
+    """
+    groups = blocks(x.shape, x.device)
+    taken = itertools.count()
+
+    def worker(_: int) -> None:
+        with torch.no_grad():  # which holds for a thread
+            while (number := next(taken)) < len(groups):
+                for rows, trials in groups[number]:
+                    work(rows, trials)
+
+    threads = native.threads if native.threads and x.numel() >= LARGE and x.device.type == "cpu" else 1
+    native.on_threads(worker, min(threads, len(groups)))
+
+
+def everywhere(mask: Tensor) -> Tensor:
+    """``mask (..., R, K, T, N)``, or ``(..., R, 1, 1, N)`` where it was expanded from that: the same in every bin.
+
+    Told by its strides, so without reading it.
+    """
+    return mask[..., :1, :1, :] if mask.stride(-2) == mask.stride(-3) == 0 else mask

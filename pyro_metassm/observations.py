@@ -1,0 +1,204 @@
+"""Distributions of the observations of a batch, and their log densities summed over bins and neurons.
+
+A distribution over neurons that defines ``log_prob_of_trials(value, mask)`` is scored by it: one pass over the data in
+pieces that stay in the cache, with its gradient written out. Any other distribution is scored by its ``log_prob``.
+"""
+
+from __future__ import annotations
+
+import math
+
+import pyro.distributions as dist
+import torch
+from pyro.distributions import TorchDistribution
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.distributions.utils import lazy_property
+from torch.nn import functional
+
+from pyro_metassm.blocks import each_block, everywhere
+
+
+class NeuronNormal(dist.Normal):
+    """``Normal(loc, scale)`` of ``loc (..., R, K, T, N)`` with one scale per neuron, ``(R, 1, 1, N)``."""
+
+    def __init__(self, loc: Tensor, scale: Tensor, validate_args: bool | None = None):
+        self.by_neuron = scale
+        super().__init__(loc, scale, validate_args=validate_args)
+
+    def expand(self, batch_shape, _instance=None):
+        return dist.Normal(self.loc.expand(batch_shape), self.scale.expand(batch_shape), validate_args=False)
+
+    def log_prob_of_trials(self, value: Tensor, mask: Tensor) -> Tensor | None:
+        """Sum over bins and neurons of the masked log densities, ``(R, K)``; None for leading dimensions."""
+        if self.loc.dim() != 4 or self.by_neuron.shape[1:3] != (1, 1):
+            return None
+        log_scale = self.by_neuron[:, 0, 0].log()
+        squares, counts = _Squares.apply(self.loc, (-log_scale).exp(), value, mask)
+        constant = log_scale + 0.5 * math.log(2 * math.pi)
+        return -0.5 * squares - (counts * constant.unsqueeze(1)).sum(-1)
+
+
+class _Squares(torch.autograd.Function):
+    """``sum_tn mask ((y - loc) inverse)^2`` of every trial ``(R, K)``, and ``sum_t mask`` by neuron ``(R, K, N)``."""
+
+    @staticmethod
+    def forward(ctx, loc: Tensor, inverse: Tensor, value: Tensor, mask: Tensor):
+        ctx.save_for_backward(loc, inverse, value, mask)
+        squares, counts = loc.new_empty(loc.shape[:2]), loc.new_empty(*loc.shape[:2], loc.shape[3])
+
+        def work(rows: slice, trials: slice) -> None:
+            seen = _weights(mask, rows, trials, loc.dtype)
+            counts[rows, trials] = seen.sum(2) if seen.shape[2] > 1 else seen[:, :, 0] * loc.shape[2]
+            d = _residual(loc, inverse, value, seen, rows, trials)
+            squares[rows, trials] = torch.linalg.vector_norm(d, dim=(2, 3)).square_()
+
+        each_block(loc, work)
+        ctx.mark_non_differentiable(counts)
+        return squares, counts
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor, _):
+        loc, inverse, value, mask = ctx.saved_tensors
+        grad_loc, grad_inverse = torch.empty_like(loc), torch.zeros_like(inverse)
+
+        def work(rows: slice, trials: slice) -> None:
+            seen = _weights(mask, rows, trials, loc.dtype)
+            d = _residual(loc, inverse, value, seen, rows, trials)
+            g = (2.0 * grad[rows, trials])[..., None, None]
+            torch.mul(d, -g * inverse[rows, None, None], out=grad_loc[rows, trials])
+            grad_inverse[rows] += (d.square_().sum(2) * g.squeeze(2)).sum(1)
+
+        each_block(loc, work)
+        return grad_loc, grad_inverse / inverse, None, None
+
+
+def _residual(loc, inverse, value, seen, rows: slice, trials: slice) -> Tensor:
+    d, scale = torch.sub(value[rows, trials], loc[rows, trials]), inverse[rows, None, None]
+    return d.mul_(scale * seen) if seen.shape[2] == 1 else d.mul_(scale).mul_(seen)
+
+
+def _weights(mask: Tensor, rows: slice, trials: slice, dtype: torch.dtype) -> Tensor:
+    """The mask of a piece as numbers (products of numbers and truth values are slow), ``(R', K', T or 1, N)``."""
+    steady = everywhere(mask)
+    return (mask[rows, trials] if steady is mask else steady[rows]).to(dtype)
+
+
+class SaturatingPoisson(dist.Poisson):
+    r"""``Poisson(rate)`` with ``log rate = c - softplus(c - x)``, that is ``rate = e^c sigmoid(x - c)``.
+
+    Args:
+        predictor: ``x (..., R, K, T, N)``.
+        log_ceiling: ``c (R, 1, 1, N)``, the largest log rate of each neuron.
+    """
+
+    def __init__(self, predictor: Tensor, log_ceiling: Tensor, validate_args: bool | None = None):
+        self.predictor, self.log_ceiling, self.is_sparse = predictor, log_ceiling, False
+        # Not Poisson's own constructor: it wants the rates, which training does not need.
+        torch.distributions.Distribution.__init__(self, predictor.shape, validate_args=False)
+
+    @lazy_property
+    def rate(self) -> Tensor:
+        return self.log_ceiling.exp() * (self.predictor - self.log_ceiling).sigmoid()
+
+    def expand(self, batch_shape, _instance=None):
+        return dist.Poisson(self.rate.expand(batch_shape), validate_args=False)
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        log_rate = self.log_ceiling + functional.logsigmoid(self.predictor - self.log_ceiling)
+        return value * log_rate - self.rate - torch.lgamma(value + 1)
+
+    def log_prob_of_trials(self, value: Tensor, mask: Tensor) -> Tensor | None:
+        """Sum over bins and neurons of the masked log densities, ``(R, K)``; None for leading dimensions."""
+        if self.predictor.dim() != 4 or self.log_ceiling.requires_grad:
+            return None
+        return _Counts.apply(self.predictor, self.log_ceiling[:, 0, 0], value, mask)
+
+
+class _Counts(torch.autograd.Function):
+    """``sum_tn mask (y log rate - rate - log y!)`` of every trial, ``(R, K)``."""
+
+    @staticmethod
+    def forward(ctx, predictor: Tensor, ceiling: Tensor, value: Tensor, mask: Tensor):
+        ctx.save_for_backward(predictor, ceiling, value, mask)
+        total = predictor.new_empty(predictor.shape[:2])
+
+        def work(rows: slice, trials: slice) -> None:
+            c, y = ceiling[rows, None, None], value[rows, trials]
+            log_rate = functional.logsigmoid(predictor[rows, trials] - c).add_(c)
+            term = (y * log_rate).sub_(log_rate.exp_()).sub_(_log_factorial(y))
+            term.mul_(_weights(mask, rows, trials, term.dtype))
+            total[rows, trials] = term.sum((-1, -2))
+
+        each_block(predictor, work)
+        return total
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor):
+        predictor, ceiling, value, mask = ctx.saved_tensors
+        grad_predictor = torch.empty_like(predictor)
+
+        def work(rows: slice, trials: slice) -> None:
+            c = ceiling[rows, None, None]
+            # With s = sigmoid(c - x): d log rate / dx = s and rate = e^c (1 - s).
+            s = torch.sub(c, predictor[rows, trials]).sigmoid_()
+            s.mul_(_weights(mask, rows, trials, s.dtype)).mul_(grad[rows, trials][..., None, None])
+            rate = torch.sub(predictor[rows, trials], c).sigmoid_().mul_(c.exp())
+            torch.mul(torch.sub(value[rows, trials], rate, out=rate), s, out=grad_predictor[rows, trials])
+
+        each_block(predictor, work)
+        return grad_predictor, None, None, None
+
+
+TABLE = torch.lgamma(torch.arange(1.0, 258.0, dtype=torch.float64))
+
+
+def _log_factorial(y: Tensor) -> Tensor:
+    """``log y!``; on a CPU a table of the usual counts is many times faster than the function."""
+    if y.device.type != "cpu" or y.numel() == 0 or float(y.max()) > len(TABLE) - 1:
+        return torch.lgamma(y + 1)
+    return TABLE.to(y.dtype)[y.to(torch.int32)]
+
+
+class Observed(dist.Independent):
+    """``y`` over ``(time, neuron)`` as one event, in which what was not observed counts nothing."""
+
+    def __init__(self, y: TorchDistribution, mask: Tensor):
+        self.y, self.observed = y, mask
+        super().__init__(y.mask(mask), 2)
+
+    def expand(self, batch_shape, _instance=None):
+        if torch.Size(batch_shape) == self.batch_shape:  # as every plate asks for
+            return self
+        return dist.Independent(self.base_dist, 2).expand(batch_shape)
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        fused = getattr(self.y, "log_prob_of_trials", None)
+        if fused is not None and self.observed.shape == value.shape == self.y.batch_shape:
+            if self._validate_args:
+                self._validate_sample(value)
+            total = fused(value, self.observed)
+            if total is not None:
+                return total
+        return super().log_prob(value)
+
+
+def observed(y: TorchDistribution, mask: Tensor) -> TorchDistribution:
+    """``y`` over ``(time, neuron)`` as one event, in which what was not observed counts nothing.
+
+    Args:
+        y: distribution of each neuron, or a joint one over the neurons (event ``(neuron,)``).
+        mask: ``(R, K, T, N)`` bool, True = observed.
+
+    Raises:
+        ValueError: for any other event shape.
+    """
+    if len(y.event_shape) == 0:
+        return Observed(y, mask)
+    if len(y.event_shape) == 1:  # a joint distribution: a bin counts if any neuron was observed
+        return y.mask(mask.any(-1)).to_event(1)
+    raise ValueError(
+        f"likelihood: needed a distribution of each neuron or over the neurons, got event shape {y.event_shape}"
+    )
