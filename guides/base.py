@@ -67,9 +67,9 @@ class AmortizedGuide(nn.Module, ABC):
 
     @abstractmethod
     def latents_posterior(
-        self, ybar: Tensor, frame: Tensor, e: Tensor, prior: MarkovPath, batch: Batch
+        self, ybar: Tensor, frame: Tensor, share: Tensor, e: Tensor, prior: MarkovPath, batch: Batch
     ) -> TorchDistribution:
-        """``q(z_k | y_k, e_i)``, event ``(time, latent_dim)``; ``ybar`` and ``frame`` as of :meth:`common_space`."""
+        """``q(z_k | y_k, e_i)``, event ``(time, latent_dim)``; the first three as of :meth:`common_space`."""
 
     def embedding_posterior(self, statistics: Tensor) -> TorchDistribution:
         """``q(e_i | y)`` from the mean over trials of the encoder's means and variances ``(R, 2 embedding_dim)``."""
@@ -85,10 +85,9 @@ class AmortizedGuide(nn.Module, ABC):
         with model.recording_plate(batch):
             e = pyro.sample("embedding", self.embedding_posterior(statistics))
             with model.trial_plate(batch), pyro.poutine.scale(scale=batch.trial_scale):
-                seen = torch.cat([ybar, share], -1)
                 prior = model.path_prior(e, batch)
                 e = e.detach() if self.detach_embedding else e
-                pyro.sample("latents", self.latents_posterior(seen, frame, e, prior, batch))
+                pyro.sample("latents", self.latents_posterior(ybar, frame, share, e, prior, batch))
 
     def common_space(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
         """``ybar (R, K, T, read_in_dim)``, the frame ``(R, K, T, latent_dim)`` and the share of neurons seen."""

@@ -5,11 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from pyro_metassm.blocks import everywhere
 from pyro_metassm.distributions import MarkovPath, RolloutPath
 from pyro_metassm.guides.base import AmortizedGuide
 from pyro_metassm.guides.encoders import EmbeddingEncoder, SetEncoder
 from pyro_metassm.guides.gru import BidirectionalGRU
 from pyro_metassm.models.meta_ssm import MetaSSM
+from pyro_metassm.native.mlp import affine
 from pyro_metassm.recordings import Batch
 
 
@@ -64,7 +66,7 @@ class DKF(AmortizedGuide):
             "rollout_probability": rollout_probability,
         }
         channels = self.read_in.weight.shape[-1] + 1
-        self.common: nn.Module | None = None
+        self.common: nn.Sequential | None = None
         if common_dim is not None:
             self.common = nn.Sequential(nn.Linear(channels, common_dim), nn.LayerNorm(common_dim), nn.SiLU())
         in_dim = (channels if common_dim is None else common_dim) + model.latent_dim + model.embedding_dim
@@ -75,9 +77,9 @@ class DKF(AmortizedGuide):
             self.rnn.bias_out[model.latent_dim :] = -2.3
 
     def latents_posterior(
-        self, ybar: Tensor, frame: Tensor, e: Tensor, prior: MarkovPath, batch: Batch
+        self, ybar: Tensor, frame: Tensor, share: Tensor, e: Tensor, prior: MarkovPath, batch: Batch
     ) -> RolloutPath:
-        common = ybar if self.common is None else self.common(ybar)
+        common = torch.cat([ybar, share], -1) if self.common is None else self._common(ybar, share)
         shape = (*e.shape[:-2], batch.num_trials, batch.num_bins)
         inputs = torch.cat(
             [common.expand(*shape, -1), frame.expand(*shape, -1), e.unsqueeze(-2).expand(*shape, -1)], -1
@@ -88,3 +90,13 @@ class DKF(AmortizedGuide):
         if self.training and self.rollout_probability > 0:
             rollout = torch.rand(shape) < self.rollout_probability  # on the host, which works out the runs
         return RolloutPath(frame + change, log_scale.clamp(-7.0, 3.0).exp(), prior, rollout)
+
+    def _common(self, ybar: Tensor, share: Tensor) -> Tensor:
+        """``common`` of both together; the share, mostly the same everywhere, is not worth a copy of ``ybar``."""
+        assert self.common is not None
+        linear, *rest = self.common
+        assert isinstance(linear, nn.Linear)
+        out = affine(ybar, linear.weight[:, :-1], linear.bias) + everywhere(share) * linear.weight[:, -1]
+        for module in rest:
+            out = module(out)
+        return out

@@ -57,7 +57,7 @@ def each_block(x: Tensor, work: Callable[[slice, slice], None]) -> None:
 
 
 def everywhere(mask: Tensor) -> Tensor:
-    """``mask (..., R, K, T, N)``, or ``(..., R, 1, 1, N)`` where it was expanded from that: the same in every bin.
+    """``mask (..., R, K, T, N)``, or ``(..., R, 1, 1, N)`` of it where it was expanded: the same in every bin.
 
     Told by its strides, so without reading it.
     """

@@ -152,14 +152,23 @@ class RolloutPath(TorchDistribution):
         if self.rollout is None:
             return z
         # Which bins are advanced together is worked out on the host, so that a GPU is not waited for.
-        for bins in _levels(self.rollout.cpu()):
-            bins = bins.to(z.device, non_blocking=True).expand(*z.shape[:-2], -1)
-            index = bins.unsqueeze(-1).expand(*bins.shape, z.shape[-1])
-            before = z.gather(-2, index - 1)
-            after = self.prior.transition(before).rsample()
-            # Padding is written to a slot behind the path, which is cut off again.
-            z = torch.cat([z, z[..., -1:, :]], -2).scatter(-2, index, after)[..., :-1, :]
-        return z
+        levels = _levels(self.rollout.cpu())
+        if not levels:
+            return z
+        lead = z.shape[:-2]
+
+        def index(places: Tensor) -> Tensor:
+            places = places.to(z.device, non_blocking=True).expand(*lead, -1)
+            return places.unsqueeze(-1).expand(*places.shape, z.shape[-1])
+
+        drawn: list[Tensor] = []
+        for bins, previous in levels:
+            # States before the first bins of runs are the encoder's; those of later ones have just been drawn.
+            before = drawn[-1].gather(-2, index(previous)) if drawn else z.gather(-2, index(bins - 1))
+            drawn.append(self.prior.transition(before).rsample())
+        # Padding is written to a slot behind the path, which is cut off again.
+        places = index(torch.cat([bins for bins, _ in levels], -1))
+        return torch.cat([z, z[..., -1:, :]], -2).scatter(-2, places, torch.cat(drawn, -2))[..., :-1, :]
 
     def log_prob(self, value: Tensor) -> Tensor:
         encoder = dist.Normal(self.loc, self.scale).log_prob(value).sum(-1)
@@ -195,10 +204,18 @@ def _along_time(first: Tensor, rest: Tensor) -> Tensor:
     return torch.cat([first.expand(batch).unsqueeze(-1), rest.expand(*batch, -1)], -1)
 
 
-def _levels(rollout: Tensor) -> list[Tensor]:
-    """The bins at depth 1, 2, ... of their runs, ``(..., W)`` each, padded with the number of bins."""
+def _levels(rollout: Tensor) -> list[tuple[Tensor, Tensor]]:
+    """The bins at depth 1, 2, ... of their runs, ``(..., W)`` each, padded with the number of bins.
+
+    With each, where the bins before them are in the list of the depth before.
+    """
     depth = _run_depth(rollout)
-    return [_padded_positions(depth == level) for level in range(1, int(depth.max()) + 1)]
+    levels: list[tuple[Tensor, Tensor]] = []
+    for level in range(1, int(depth.max()) + 1):
+        bins = _padded_positions(depth == level)
+        before = levels[-1][0] if levels else bins
+        levels.append((bins, torch.searchsorted(before, bins - 1).clamp(max=before.shape[-1] - 1)))
+    return levels
 
 
 def _run_depth(rollout: Tensor) -> Tensor:

@@ -13,9 +13,9 @@ import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
-from pyro_metassm.blocks import each_block, everywhere
+from pyro_metassm.blocks import everywhere
+from pyro_metassm.products import centred_product, linear_by_recording
 from pyro_metassm.recordings import Batch, Recordings
 
 
@@ -95,19 +95,6 @@ class NeuronTable(nn.Module):
         """Rows of ``parameter`` as a padded tensor ``(R, width, ...)``."""
         rows = self.rows(recording, width)
         return parameter.index_select(0, rows.reshape(-1)).reshape(*rows.shape, *parameter.shape[1:])
-
-
-def linear_by_recording(
-    x: Float[Tensor, "... R K T inp"],
-    weight: Float[Tensor, "R inp out"],
-    bias: Float[Tensor, "R out"] | None = None,
-) -> Float[Tensor, "... R K T out"]:
-    """``x_r W_r + b_r`` for every recording, as one batched product over (draws,) trials and bins."""
-    lead, (num, trials, bins, _) = x.shape[:-4], x.shape[-4:]
-    # Leading dimensions (posterior draws) join the rows of their recording's product.
-    rows = x.movedim(-4, 0).reshape(num, -1, x.shape[-1])
-    out = torch.bmm(rows, weight) if bias is None else torch.baddbmm(bias.unsqueeze(-2), rows, weight)
-    return out.reshape(num, *lead, trials, bins, -1).movedim(0, -4)
 
 
 class ReadOut(nn.Module):
@@ -196,7 +183,7 @@ class ReadIn(nn.Module):
         # Held-out neurons and padding have no weight; the mask is needed only where bins are missing.
         weight = weight * (batch.held_in.unsqueeze(-1) / scale)
         y = self._transformed(batch)
-        product = _CentredProduct.apply(y, batch.mask, center, weight, batch.num_neurons)
+        product = centred_product(y, batch.mask, center, weight, batch.num_neurons)
         count = (steady & batch.held_in[:, None, None, :]).sum(-1, keepdim=True).to(weight.dtype)
         known = batch.held_in.sum(-1).clamp(min=1)[:, None, None, None].to(weight.dtype)
         bias = self.bias[batch.recording][:, None, None, :] * (count > 0).to(weight.dtype)
@@ -209,46 +196,3 @@ class ReadIn(nn.Module):
         if y.device.type == "cpu" and not self.counts.any():
             return y
         return torch.where(self.counts[batch.recording].view(-1, 1, 1, 1), y.clamp(min=0).sqrt(), y)
-
-
-class _CentredProduct(torch.autograd.Function):
-    """``(mask (y - center)) @ weight`` of every recording, from pieces that are made again for the backward pass.
-
-    ``y, mask (R, K, T, N)``, ``center (R, N)``, ``weight (R, N, C)`` and the real numbers of neurons to
-    ``(R, K, T, C)``; gradient of the weight alone.
-    """
-
-    @staticmethod
-    def forward(ctx, y: Tensor, mask: Tensor, center: Tensor, weight: Tensor, num_neurons: tuple[int, ...]):
-        ctx.save_for_backward(y, mask, center)
-        ctx.num_neurons = num_neurons
-        out = y.new_empty(*y.shape[:3], weight.shape[-1])
-
-        def work(rows: slice, trials: slice) -> None:
-            x = _piece(y, mask, center, rows, trials, num_neurons)
-            out[rows, trials] = torch.bmm(x, weight[rows, : x.shape[-1]]).view(out[rows, trials].shape)
-
-        each_block(y, work)
-        return out
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad: Tensor):
-        y, mask, center = ctx.saved_tensors
-        grad_weight = grad.new_zeros(*center.shape, grad.shape[-1])
-
-        def work(rows: slice, trials: slice) -> None:
-            x = _piece(y, mask, center, rows, trials, ctx.num_neurons)
-            grad_weight[rows, : x.shape[-1]].baddbmm_(x.mT, grad[rows, trials].flatten(1, 2))
-
-        each_block(y, work)
-        return None, None, None, grad_weight, None
-
-
-def _piece(y: Tensor, mask: Tensor, center: Tensor, rows: slice, trials: slice, num_neurons) -> Tensor:
-    """Rows of ``mask (y - center)`` of some recordings and trials, without common padding ``(R', K' T, N')``."""
-    neurons = slice(max(num_neurons[rows]))
-    x = torch.sub(y[rows, trials, :, neurons], center[rows, None, None, neurons])
-    if everywhere(mask) is mask:
-        x.mul_(mask[rows, trials, :, neurons].to(x.dtype))
-    return x.flatten(1, 2)

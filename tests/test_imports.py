@@ -12,7 +12,7 @@ ROOT = Path(__file__).resolve().parents[1]
 LAYERS: tuple[set[str], ...] = (
     {
         "_batch", "_checks", "_machine", "_recording", "_summary",
-        "blocks", "distributions", "dynamics", "io", "likelihoods", "native", "neurons", "observations",
+        "blocks", "distributions", "dynamics", "io", "likelihoods", "native", "neurons", "observations", "products",
         "recordings", "simulate",
     },
     {"models"},

@@ -215,6 +215,19 @@ def test_adapted_dynamics_in_every_shape(rank, e, z, calls, monkeypatch):
         torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-10)
 
 
+@pytest.mark.parametrize("shape", [(3, 4, 5), (7, 5), (5,)])
+def test_affine_is_pytorchs(shape, calls):
+    torch.manual_seed(0)
+    leaves = [torch.randn(s, dtype=DOUBLE, requires_grad=True) for s in (shape, (6, 5), (6,))]
+    pairs = []
+    for way in (mlp.affine, functional.linear):
+        y = way(*leaves)
+        pairs.append((y, *torch.autograd.grad((y * y).sum(), leaves)))
+    for ours, theirs in zip(*pairs, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
+    assert calls == [1]
+
+
 @pytest.mark.parametrize("residual", [True, False])
 @pytest.mark.parametrize("activation", [functional.silu, torch.tanh, nn.Tanh(), functional.relu])
 def test_rollout_is_the_repeated_call(residual, activation, calls):

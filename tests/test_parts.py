@@ -11,11 +11,13 @@ from pyro import poutine
 from torch.nn import functional
 
 import pyro_metassm as pm
+from pyro_metassm import blocks
 from pyro_metassm.dynamics import LowRankMLP
 from pyro_metassm.elbo import SequentialELBO
 from pyro_metassm.guides.encoders import EmbeddingEncoder, SetEncoder
 from pyro_metassm.models import LinearGaussian, MetaSSM
-from pyro_metassm.neurons import NeuronTable, ReadIn, ReadOut, linear_by_recording
+from pyro_metassm.neurons import NeuronTable, ReadIn, ReadOut
+from pyro_metassm.products import linear_by_recording
 from pyro_metassm.recordings import Recording, Recordings
 
 
@@ -84,16 +86,24 @@ def test_one_recordings_embedding_changes_its_dynamics_alone():
     assert changed[1].all() and not changed[[0, 2]].any()
 
 
+@pytest.mark.parametrize("size", [1, 60, 10**6])
 @pytest.mark.parametrize("lead", [(), (4,), (2, 3)])
-def test_linear_by_recording_is_a_loop(lead):
+def test_linear_by_recording_is_a_loop(lead, size, monkeypatch):
+    """In value and gradient, in pieces of any size."""
+    monkeypatch.setattr(blocks, "CACHED", size)
     torch.manual_seed(0)
-    x = torch.randn(*lead, 3, 5, 4, 2, dtype=DOUBLE)
-    weight, bias = torch.randn(3, 2, 6, dtype=DOUBLE), torch.randn(3, 6, dtype=DOUBLE)
-    for b in (bias, None):
-        out = linear_by_recording(x, weight, b)
-        assert out.shape == (*lead, 3, 5, 4, 6)
-        for r in range(3):
-            close(out[..., r, :, :, :], x[..., r, :, :, :] @ weight[r] + (0 if b is None else b[r]))
+    leaves = [
+        torch.randn(s, dtype=DOUBLE, requires_grad=True) for s in ((*lead, 3, 5, 4, 2), (3, 2, 6), (3, 6))
+    ]
+    x, weight, bias = leaves
+    out = linear_by_recording(x, weight, bias)
+    expected = torch.stack([x[..., r, :, :, :] @ weight[r] + bias[r] for r in range(3)], -4)
+    close(out, expected)
+    probe = torch.randn_like(out)
+    for ours, theirs in zip(
+        *(torch.autograd.grad((y * probe).sum(), leaves) for y in (out, expected)), strict=True
+    ):
+        close(ours, theirs)
 
 
 def test_read_out_takes_the_rows_of_each_recording():

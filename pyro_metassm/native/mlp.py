@@ -130,6 +130,15 @@ def plain(net: nn.Sequential, x: Tensor) -> Tensor:
     return net(x)
 
 
+def affine(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """``x W^T + b`` of many rows, ``x (..., in)`` to ``(..., out)``."""
+    if x.dim():
+        y = rollout(x.reshape(1, -1, x.shape[-1]), [(weight, bias)])
+        if y is not None:
+            return y.reshape(*x.shape[:-1], -1)
+    return functional.linear(x, weight, bias)
+
+
 def linear(modules: Iterable[nn.Module]) -> list[Layer] | None:
     """The weights and biases of linear layers that are nothing but that."""
     layers: list[Layer] = []

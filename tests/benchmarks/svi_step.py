@@ -16,6 +16,7 @@ import platform
 import statistics
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -24,9 +25,12 @@ from _flop import matmul_gflops, products, synchronize
 from _loop import Loop
 from _pyro_sites import PyroSites
 
+from pyro_metassm import _machine as machine
+
 METHODS = ("library", "loop", "pyro_sites")
 SECONDS = 15.0  # a method and number of threads; slow methods are run less often
 FEWEST = 3
+WARM_UP = 5  # memory that is kept from step to step takes a few to settle
 
 
 def main(argv: list[str] | None = None) -> dict:
@@ -68,32 +72,44 @@ def measure(case: Case, device: str, threads: list[int], repeats: int, skip: lis
     methods = {name: make().take_step for name, make in makers.items() if name not in skip}
     times: dict[str, dict[int, list[float]]] = {name: {} for name in methods}
     rates = {}
-    for number in threads:
-        torch.set_num_threads(number)
-        rates[number] = matmul_gflops(device)
-        for name, taken in alternate(methods, repeats, device).items():
-            times[name][number] = taken
+    # As in `fit`: memory stays with the process from step to step. All methods gain from it.
+    with machine.memory_kept():
+        for number in threads:
+            torch.set_num_threads(number)
+            rates[number] = matmul_gflops(device)
+            for name, taken in alternate(methods, number, repeats, device).items():
+                times[name][number] = taken
     return summary(case, device, times, rates)
 
 
-def alternate(methods: dict[str, Callable], repeats: int, device: str) -> dict[str, list[float]]:
-    """Seconds of the steps of every method, taken in turns after two steps that warm up."""
+def alternate(
+    methods: dict[str, Callable], threads: int, repeats: int, device: str
+) -> dict[str, list[float]]:
+    """Seconds of the steps of every method, taken in turns after some that warm up."""
 
-    def timed(step: Callable) -> float:
-        begin = time.perf_counter()
-        step()
-        synchronize(device)
-        return time.perf_counter() - begin
+    def timed(name: str) -> float:
+        # The library shares its work among threads as `fit` does, which leaves PyTorch's own operations one.
+        with machine.threads(threads) if name == "library" else nullcontext():
+            begin = time.perf_counter()
+            methods[name]()
+            synchronize(device)
+            return time.perf_counter() - begin
 
-    expected = {name: min(timed(step), timed(step)) for name, step in methods.items()}
+    def warmed_up(name: str) -> float:
+        first = [timed(name)]
+        while len(first) < WARM_UP and sum(first) < SECONDS / 3:
+            first.append(timed(name))
+        return min(first)
+
+    expected = {name: warmed_up(name) for name in methods}
     counts = {name: min(repeats, max(FEWEST, int(SECONDS / seconds))) for name, seconds in expected.items()}
     taken: dict[str, list[float]] = {name: [] for name in methods}
     for turn in range(repeats):
-        for name, step in methods.items():
+        for name in methods:
             # Spread evenly over the turns. On a busy machine two threads may be far slower than they promised.
             slow = sum(taken[name]) > 2 * SECONDS
             if turn * counts[name] % repeats < counts[name] and not slow:
-                taken[name].append(timed(step))
+                taken[name].append(timed(name))
     return taken
 
 
