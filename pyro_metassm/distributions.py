@@ -8,6 +8,7 @@ import pyro.distributions as dist
 import torch
 from pyro.distributions import TorchDistribution
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.distributions import constraints, kl_divergence
 
 Transition = Callable[[Tensor], TorchDistribution]
@@ -183,19 +184,64 @@ class RolloutPath(TorchDistribution):
 
         Bin by bin analytic where the prior's factor is Normal, the sampled log ratio where it is not.
         """
-        first = _kl_or_sampled(self._encoder(0), prior.initial, value[..., 0, :])
-        kl = first.unsqueeze(-1)
-        if prior.num_steps > 1:
-            successor = prior.transition(value[..., :-1, :])
-            kl = _along_time(
-                first, _kl_or_sampled(self._encoder(slice(1, None)), successor, value[..., 1:, :])
-            )
+        successor = prior.transition(value[..., :-1, :]) if prior.num_steps > 1 else None
+        if _is_normal(prior.initial) and (successor is None or _is_normal(successor)):
+            kl = self._kl_of_normals(prior.initial.base_dist, successor and successor.base_dist)
+        else:
+            first = _kl_or_sampled(self._encoder(0), prior.initial, value[..., 0, :])
+            kl = first.unsqueeze(-1)
+            if successor is not None:
+                kl = _along_time(
+                    first, _kl_or_sampled(self._encoder(slice(1, None)), successor, value[..., 1:, :])
+                )
         if self.rollout is not None:
             kl = kl.masked_fill(self.rollout.to(value.device, non_blocking=True), 0.0)
         return prior.masked(kl).sum(-1)
 
+    def _kl_of_normals(self, initial: TorchDistribution, successor: TorchDistribution | None) -> Tensor:
+        """Of all bins at once, ``(..., time)``: what cuts the encoder's tensors in pieces copies their gradients."""
+        if successor is None:
+            loc, scale = initial.loc.unsqueeze(-2), initial.scale.unsqueeze(-2)
+        else:
+            lead = successor.loc.shape[:-2]
+            loc, scale = (
+                torch.cat([a.expand(*lead, -1).unsqueeze(-2), b], -2)
+                for a, b in ((initial.loc, successor.loc), (initial.scale, successor.scale))
+            )
+        shape = torch.broadcast_shapes(self.loc.shape, loc.shape)
+        return _NormalKL.apply(*(x.expand(shape) for x in (self.loc, self.scale, loc, scale)))
+
     def _encoder(self, bins: int | slice) -> TorchDistribution:
         return dist.Normal(self.loc[..., bins, :], self.scale[..., bins, :]).to_event(1)
+
+
+def _is_normal(x: TorchDistribution) -> bool:
+    """Independent Normals over a vector, and nothing that was made of them."""
+    return (
+        isinstance(x, torch.distributions.Independent)
+        and x.reinterpreted_batch_ndims == 1
+        and type(x.base_dist) is dist.Normal
+    )
+
+
+class _NormalKL(torch.autograd.Function):
+    """``sum_d KL( Normal(m, s) || Normal(mu, sigma) )`` of tensors of one shape ``(..., d)``."""
+
+    @staticmethod
+    def forward(ctx, m: Tensor, s: Tensor, mu: Tensor, sigma: Tensor) -> Tensor:
+        difference, ratio = torch.sub(m, mu).div_(sigma), s / sigma
+        ctx.save_for_backward(difference, ratio, sigma)
+        kl = torch.addcmul(ratio.square(), difference, difference).sub_(1.0).mul_(0.5)
+        return kl.sub_(ratio.log()).sum(-1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor):
+        difference, ratio, sigma = ctx.saved_tensors
+        g = grad.unsqueeze(-1) / sigma
+        of_m = g * difference
+        of_sigma = torch.addcmul(ratio.square(), difference, difference).neg_().add_(1.0).mul_(g)
+        return of_m, (ratio - ratio.reciprocal()).mul_(g), -of_m, of_sigma
 
 
 def _along_time(first: Tensor, rest: Tensor) -> Tensor:

@@ -384,6 +384,30 @@ def test_expected_kl_of_a_linear_chain_in_closed_form():
     assert kl.std() / num**0.5 < 0.01 * expected
 
 
+@pytest.mark.parametrize("num_steps", [1, 6])
+def test_the_divergence_of_normals_is_that_of_torch_in_value_and_gradient(num_steps):
+    """Bin by bin by ``torch.distributions``, with a first state and a noise that are the same everywhere or not."""
+    torch.manual_seed(0)
+    leaves = [
+        torch.randn(s, dtype=A.dtype, requires_grad=True)
+        for s in ((3, num_steps, 2), (3, num_steps, 2), (2,), (2,), (2, 2))
+    ]
+    m, log_s, mu, log_q, a = leaves
+    z = torch.randn(3, num_steps, 2, dtype=A.dtype)
+    for first in (mu, mu.expand(3, 2)):
+        initial = dist.Normal(first, 0.7).to_event(1)
+        move = lambda z: dist.Normal(z @ a, log_q.exp()).to_event(1)
+        prior = MarkovPath(initial, move, num_steps)
+        kl = RolloutPath(m, log_s.exp(), prior).kl_given(prior, z)
+        bins = [dist.Normal(m[:, t], log_s[:, t].exp()).to_event(1) for t in range(num_steps)]
+        before = [initial.expand((3,)), *(move(z[:, t]) for t in range(num_steps - 1))]
+        expected = sum(torch.distributions.kl_divergence(q, p) for q, p in zip(bins, before, strict=True))
+        torch.testing.assert_close(kl, expected, rtol=1e-12, atol=1e-12)
+        weight = torch.arange(1.0, 4.0, dtype=A.dtype)
+        pairs = [torch.autograd.grad((x * weight).sum(), leaves, allow_unused=True) for x in (kl, expected)]
+        torch.testing.assert_close(*pairs, rtol=1e-10, atol=1e-12)
+
+
 def test_rollout_bins_have_no_divergence():
     loc, scale = encoder(3)
     z = torch.randn(3, T, D, dtype=torch.float64)

@@ -10,6 +10,7 @@ multiplies matrices, measured in the same run: their ratio is the time that the 
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import os
 import platform
@@ -89,6 +90,7 @@ def alternate(
 
     def timed(name: str) -> float:
         # The library shares its work among threads as `fit` does, which leaves PyTorch's own operations one.
+        gc.collect()  # no method pays for another's garbage
         with machine.threads(threads) if name == "library" else nullcontext():
             begin = time.perf_counter()
             methods[name]()
