@@ -24,7 +24,9 @@ ROOT = Path(__file__).resolve().parents[1]
 
 # Modules whose jaxtyping signatures are checked at every call of the tests: inner ones only, since those that meet
 # the user's data answer with a ValueError of their own. It must stand before the package is imported.
-install_import_hook(["pyro_metassm.neurons"], "beartype.beartype")
+install_import_hook(["pyro_metassm.neurons", "pyro_metassm.products"], "beartype.beartype")
+
+from pyro_metassm import native
 
 torch.set_num_threads(1)
 # The same examples on every machine, and no deadline: the first call of anything in torch is slow.
@@ -40,6 +42,7 @@ def _global_state() -> dict[str, Any]:
     state["torch's default dtype"] = torch.get_default_dtype()
     state["torch's default device"] = torch.get_default_device()
     state["torch's number of threads"] = torch.get_num_threads()
+    state["the compiled networks' number of threads"] = native.threads
     state["torch's gradient mode"] = torch.is_grad_enabled()
     state["torch's anomaly mode"] = torch.is_anomaly_enabled()
     state["torch's deterministic mode"] = torch.are_deterministic_algorithms_enabled()
@@ -61,6 +64,7 @@ def _restore(state: dict[str, Any]) -> None:
     torch.set_default_dtype(state["torch's default dtype"])
     torch.set_default_device(None)
     torch.set_num_threads(state["torch's number of threads"])
+    native.threads = state["the compiled networks' number of threads"]
     torch.set_grad_enabled(state["torch's gradient mode"])
     torch.autograd.set_detect_anomaly(state["torch's anomaly mode"])
     torch.use_deterministic_algorithms(state["torch's deterministic mode"])
