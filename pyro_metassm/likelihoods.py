@@ -14,10 +14,9 @@ import pyro.distributions as dist
 import torch
 from pyro.distributions import TorchDistribution
 from torch import Tensor, nn
-from torch.nn import functional
 
 from pyro_metassm.neurons import NeuronTable
-from pyro_metassm.observations import NeuronNormal, SaturatingPoisson
+from pyro_metassm.observations import NeuronNormal, SaturatingPoisson, saturating_log_rate
 from pyro_metassm.recordings import Recording, Recordings
 
 
@@ -82,7 +81,7 @@ class _Counts(Likelihood):
 
     def log_rate(self, predictor: Tensor, recording: Tensor) -> Tensor:
         ceiling = self.by_neuron(self.log_ceiling, predictor, recording)
-        return ceiling + functional.logsigmoid(predictor - ceiling)
+        return saturating_log_rate(predictor, ceiling)
 
     def check(self, recording: Recording) -> None:
         recording.check_counts()

@@ -85,6 +85,11 @@ def _weights(mask: Tensor, rows: slice, trials: slice, dtype: torch.dtype) -> Te
     return (mask[rows, trials] if steady is mask else steady[rows]).to(dtype)
 
 
+def saturating_log_rate(x: Tensor, log_ceiling: Tensor) -> Tensor:
+    """``c - softplus(c - x) = c + log sigmoid(x - c)``: as ``x`` far below the ceiling ``c``, and never above it."""
+    return functional.logsigmoid(x - log_ceiling) + log_ceiling
+
+
 class SaturatingPoisson(dist.Poisson):
     r"""``Poisson(rate)`` with ``log rate = c - softplus(c - x)``, that is ``rate = e^c sigmoid(x - c)``.
 
@@ -106,7 +111,7 @@ class SaturatingPoisson(dist.Poisson):
         return dist.Poisson(self.rate.expand(batch_shape), validate_args=False)
 
     def log_prob(self, value: Tensor) -> Tensor:
-        log_rate = self.log_ceiling + functional.logsigmoid(self.predictor - self.log_ceiling)
+        log_rate = saturating_log_rate(self.predictor, self.log_ceiling)
         return value * log_rate - self.rate - torch.lgamma(value + 1)
 
     def log_prob_of_trials(self, value: Tensor, mask: Tensor) -> Tensor | None:
@@ -126,7 +131,7 @@ class _Counts(torch.autograd.Function):
 
         def work(rows: slice, trials: slice) -> None:
             c, y = ceiling[rows, None, None], value[rows, trials]
-            log_rate = functional.logsigmoid(predictor[rows, trials] - c).add_(c)
+            log_rate = saturating_log_rate(predictor[rows, trials], c)
             term = (y * log_rate).sub_(log_rate.exp_()).sub_(_log_factorial(y))
             term.mul_(_weights(mask, rows, trials, term.dtype))
             total[rows, trials] = term.sum((-1, -2))

@@ -139,8 +139,6 @@ def fit(
             bar.update(trainer.step)
             while trainer.step < num_steps:
                 trainer.take_step()
-                if trainer.step == num_steps:
-                    trainer.settle()
                 if validation is not None and (
                     trainer.step % validation_every == 0 or trainer.step == num_steps
                 ):
@@ -152,6 +150,7 @@ def fit(
                 bar.update()
                 if trainer.step % SETTLE == 0:
                     bar.set_postfix(trainer.progress(), refresh=False)
+        trainer.settle()
         return trainer.result()
 
 

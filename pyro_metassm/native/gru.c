@@ -10,7 +10,6 @@
  * Layout: hidden units come in blocks of LANES, padded with zeros. Gates of a block lie together,
  * [block][row][4][LANES], so that a tile of TILE rows by one block has all its gates in registers.
  */
-#include <stdint.h>
 #include "simd.h"
 
 enum { UNIT = LANES > 8 ? LANES : 8, ROWS = 32, STEPS = 4 };

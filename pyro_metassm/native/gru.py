@@ -12,14 +12,14 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from pyro_metassm import native
+from pyro_metassm.native import kernels
 
 SOURCE = Path(__file__).with_name("gru.c")
-BITS = {torch.float32: 32, torch.float64: 64}
 
 
 def library(dtype: torch.dtype) -> ctypes.CDLL | None:
     """The compiled C file for numbers of this kind; None where there is none."""
-    return native.library(SOURCE, f"BITS={BITS[dtype]}") if dtype in BITS else None
+    return kernels.library(SOURCE, dtype)
 
 
 def fits(x: Tensor, lengths: Tensor, *weights: Tensor) -> bool:
@@ -103,8 +103,8 @@ class _Problem(ctypes.Structure):
         self.size_packed, self.size_saved, self.size_scratch, self.size_partial, self.num_jobs = sizes
 
     def run(self, like: Tensor, backward: bool) -> None:
-        """All jobs of a pass, by as many threads as PyTorch uses."""
-        workers = min(native.threads or torch.get_num_threads(), self.num_jobs)
+        """All jobs of a pass."""
+        workers = kernels.workers(self.num_jobs)
         packed, scratch = like.new_empty(self.size_packed), like.new_empty(workers * self.size_scratch)
         self.packed, self.scratch, self.next = packed.data_ptr(), scratch.data_ptr(), 0
         itself, which = ctypes.byref(self), ctypes.c_int64(backward)

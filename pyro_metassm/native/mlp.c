@@ -179,12 +179,7 @@ static void add_outer(real *c, int64_t m, int64_t wide, const real *a, const rea
         memset(across + r * wide + columns, 0, (wide - columns) * sizeof(real));
     for (int64_t v = 0; v < wide / LANES;) {
         const int width = panel_width(wide / LANES - v);
-        if (width == 3)
-            outer(c + v * LANES, wide, m, 3, a, rows, 1, across + v * LANES, wide, 2, rows);
-        else if (width == 2)
-            outer(c + v * LANES, wide, m, 2, a, rows, 1, across + v * LANES, wide, 2, rows);
-        else
-            outer(c + v * LANES, wide, m, 1, a, rows, 1, across + v * LANES, wide, 2, rows);
+        outer(c + v * LANES, wide, m, width, a, rows, 1, across + v * LANES, wide, 2, rows);
         v += width;
     }
 }

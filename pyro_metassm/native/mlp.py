@@ -10,7 +10,6 @@ from __future__ import annotations
 import ctypes
 import functools
 import logging
-import math
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -20,11 +19,11 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from pyro_metassm import native
+from pyro_metassm.native import kernels
 
 logger = logging.getLogger(__name__)
 
 SOURCE = Path(__file__).with_name("mlp.c")
-BITS = {torch.float32: 32, torch.float64: 64}
 MAX_LAYERS = 8  # LAYERS of the C file
 FEW_RECORDINGS, ENOUGH_ROWS, MOST_WEIGHTS = 16, 16, 500_000  # where it pays: measured
 WORTH_A_THREAD = 2_000_000  # multiplications: some 50 us, what it costs to wake one
@@ -118,25 +117,23 @@ def plain(net: nn.Sequential, x: Tensor) -> Tensor:
     """``net(x)`` of linear layers with one kind of activation between them, ``x (..., in)`` to ``(..., out)``."""
     modules = list(net)
     layers, kinds = linear(modules[::2]), {_kind(m) for m in modules[1::2]}
-    if x.dim() and layers and len(kinds) == 1 and not _hooked(net, *modules):
-        y = rollout(
-            x.reshape(1, -1, x.shape[-1]),
-            layers,
-            activation=modules[1],
-            activate_last=len(modules) % 2 == 0,
-        )
+    if layers and len(kinds) == 1 and not _hooked(net, *modules):
+        y = _of_rows(x, layers, activation=modules[1], activate_last=len(modules) % 2 == 0)
         if y is not None:
-            return y.reshape(*x.shape[:-1], -1)
+            return y
     return net(x)
 
 
 def affine(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """``x W^T + b`` of many rows, ``x (..., in)`` to ``(..., out)``."""
-    if x.dim():
-        y = rollout(x.reshape(1, -1, x.shape[-1]), [(weight, bias)])
-        if y is not None:
-            return y.reshape(*x.shape[:-1], -1)
-    return functional.linear(x, weight, bias)
+    y = _of_rows(x, [(weight, bias)])
+    return functional.linear(x, weight, bias) if y is None else y
+
+
+def _of_rows(x: Tensor, layers: Sequence[Layer], **options) -> Tensor | None:
+    """An MLP that is the same for all rows, evaluated once; None as :func:`rollout`."""
+    y = rollout(x.reshape(1, -1, x.shape[-1]), layers, **options) if x.dim() else None
+    return None if y is None else y.reshape(*x.shape[:-1], -1)
 
 
 def linear(modules: Iterable[nn.Module]) -> list[Layer] | None:
@@ -196,7 +193,7 @@ def _pays(z: Tensor, layers: Sequence[Layer], num_steps: int) -> bool:
 def _plain(tensors: Sequence[Tensor]) -> bool:
     """Whether these are numbers in memory, and nobody looks at what is done with them but autograd."""
     dtype = tensors[0].dtype
-    if dtype not in BITS:
+    if dtype not in kernels.BITS:
         return False
     for t in tensors:
         if type(t) not in (Tensor, nn.Parameter) or t.dtype != dtype or not t.is_cpu:
@@ -216,22 +213,15 @@ def _compiled(dtype: torch.dtype) -> bool:
 
 
 def _library(dtype: torch.dtype) -> ctypes.CDLL | None:
-    return native.library(SOURCE, f"BITS={BITS[dtype]}")
+    return kernels.library(SOURCE, dtype)
 
 
 @functools.cache
 def _correct(dtype: torch.dtype) -> bool:
-    """Compilers have errors too: a wrong gradient must not go unseen."""
     shapes = [(2, 5, 2), (7, 2), (7,), (2, 7), (2,), (2, 2, 1), (2, 7, 1)]
     form = Form(2, num_steps=2, activation=0, activate_last=False, residual=True, clamp=1.0)
-    pairs = []
-    with torch.inference_mode(False), torch.enable_grad():
-        numbers = torch.arange(100, dtype=dtype, device="cpu").sin()
-        leaves = [numbers[i : i + math.prod(s)].view(s).requires_grad_() for i, s in enumerate(shapes)]
-        for way in (by_torch, _Kernel.apply):
-            y = way(form, *leaves)
-            pairs.append((y, *torch.autograd.grad((y * y).sum(), leaves)))
-        same = all(torch.allclose(a, b, rtol=1e-4, atol=1e-5) for a, b in zip(*pairs, strict=True))
+    ways = (functools.partial(by_torch, form), functools.partial(_Kernel.apply, form))
+    same = kernels.agree(*ways, shapes, dtype)
     if not same:
         logger.warning("the compiled MLP is wrong on this machine and is not used")
     return same
@@ -301,11 +291,11 @@ class _Problem(ctypes.Structure):
                         layer.rank = t.shape[-1]
 
     def run(self, like: Tensor, backward: bool) -> None:
-        """All jobs of a pass, by as many threads as PyTorch uses."""
+        """All jobs of a pass."""
         sizes = (ctypes.c_int64 * 3)()
         self.library.sizes(ctypes.byref(self), sizes)
         scratch, partial, jobs = sizes
-        workers = min(native.threads or torch.get_num_threads(), jobs, 1 + self.work // WORTH_A_THREAD)
+        workers = kernels.workers(min(jobs, 1 + self.work // WORTH_A_THREAD))
         memory = [like.new_empty(workers * scratch), like.new_empty(partial if self.need_weights else 0)]
         self.scratch, self.partial = (t.data_ptr() for t in memory)
         itself, which = ctypes.byref(self), ctypes.c_int64(backward)

@@ -10,7 +10,6 @@ which a sampler is not, and free of what other points have left behind.
 from __future__ import annotations
 
 import argparse
-import json
 import multiprocessing
 import resource
 import statistics
@@ -22,6 +21,7 @@ from pathlib import Path
 
 import torch
 from _cases import Case, data, library, recordings
+from _report import write
 
 import pyro_metassm as pm
 from pyro_metassm.posterior import ELEMENTS
@@ -130,9 +130,7 @@ def main(argv: list[str] | None = None) -> dict:
             rows = [(p[1], pool.submit(measure, *p, args.threads, seconds).result()) for p in of_title]
             results[title] = [{"size": size} | row for size, row in rows]
             print(table(title, rows), flush=True)
-            if args.json is not None:
-                args.json.parent.mkdir(parents=True, exist_ok=True)
-                args.json.write_text(json.dumps(results, indent=1))
+            write(args.json, results)
     return results
 
 

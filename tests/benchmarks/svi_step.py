@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import gc
-import json
 import os
 import platform
 import statistics
@@ -25,6 +24,7 @@ from _cases import CASES, TINY, Case, data, library, recordings
 from _flop import matmul_gflops, products, synchronize
 from _loop import Loop
 from _pyro_sites import PyroSites
+from _report import write
 
 from pyro_metassm import _machine as machine
 
@@ -54,9 +54,7 @@ def main(argv: list[str] | None = None) -> dict:
             case = TINY if name == "tiny" else CASES[name]
             results[name] = measure(case, args.device, threads, args.repeats, args.skip)
             print(table(name, results[name]), flush=True)
-            if args.json is not None:  # after every case: a run that is stopped keeps what it has
-                args.json.parent.mkdir(parents=True, exist_ok=True)
-                args.json.write_text(json.dumps(results, indent=1))
+            write(args.json, results)
     finally:
         torch.set_num_threads(before)
     return results

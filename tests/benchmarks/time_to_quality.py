@@ -11,13 +11,13 @@ plain recipe, a random start and a constant learning rate of 1e-3, and gives up 
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import time
 from pathlib import Path
 from unittest import mock
 
 import torch
+from _report import write
 
 import pyro_metassm as pm
 from pyro_metassm import training
@@ -157,9 +157,7 @@ def main(argv: list[str] | None = None) -> list[dict]:
         for seed in args.seeds:
             results.append(run(seed, plain, args))
             print(line(results[-1]), flush=True)
-            if args.json is not None:
-                args.json.parent.mkdir(parents=True, exist_ok=True)
-                args.json.write_text(json.dumps(results, indent=1))
+            write(args.json, results)
     return results
 
 
