@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import pyro.distributions as dist
 import torch
@@ -10,6 +11,7 @@ from pyro.distributions import TorchDistribution
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.distributions import constraints, kl_divergence
+from torch.nn import functional
 
 Transition = Callable[[Tensor], TorchDistribution]
 """``(..., K, latent_dim) -> Distribution`` with batch shape ``(..., K)`` and event shape ``(latent_dim,)``."""
@@ -153,23 +155,19 @@ class RolloutPath(TorchDistribution):
         if self.rollout is None:
             return z
         # Which bins are advanced together is worked out on the host, so that a GPU is not waited for.
-        levels = _levels(self.rollout.cpu())
-        if not levels:
+        runs = _runs(self.rollout.cpu())
+        if not runs.widths:
             return z
-        lead = z.shape[:-2]
-
-        def index(places: Tensor) -> Tensor:
-            places = places.to(z.device, non_blocking=True).expand(*lead, -1)
-            return places.unsqueeze(-1).expand(*places.shape, z.shape[-1])
-
-        drawn: list[Tensor] = []
-        for bins, previous in levels:
-            # States before the first bins of runs are the encoder's; those of later ones have just been drawn.
-            before = drawn[-1].gather(-2, index(previous)) if drawn else z.gather(-2, index(bins - 1))
-            drawn.append(self.prior.transition(before).rsample())
-        # Padding is written to a slot behind the path, which is cut off again.
-        places = index(torch.cat([bins for bins, _ in levels], -1))
-        return torch.cat([z, z[..., -1:, :]], -2).scatter(-2, places, torch.cat(drawn, -2))[..., :-1, :]
+        # A GPU is told in one piece, from memory that the host need not wait for.
+        places = torch.cat([runs.before, runs.source], -1)
+        places = (places.pin_memory() if z.is_cuda else places).to(z.device, non_blocking=True)
+        places = places.unsqueeze(-1).expand(*z.shape[:-2], -1, z.shape[-1])
+        states = z.gather(-2, places[..., : runs.widths[0], :])
+        bins = [z]
+        for width in runs.widths:
+            states = self.prior.transition(states[..., :width, :].contiguous()).rsample()
+            bins.append(states)
+        return torch.cat(bins, -2).gather(-2, places[..., runs.widths[0] :, :])
 
     def log_prob(self, value: Tensor) -> Tensor:
         encoder = dist.Normal(self.loc, self.scale).log_prob(value).sum(-1)
@@ -250,18 +248,38 @@ def _along_time(first: Tensor, rest: Tensor) -> Tensor:
     return torch.cat([first.expand(batch).unsqueeze(-1), rest.expand(*batch, -1)], -1)
 
 
-def _levels(rollout: Tensor) -> list[tuple[Tensor, Tensor]]:
-    """The bins at depth 1, 2, ... of their runs, ``(..., W)`` each, padded with the number of bins.
+class _Runs(NamedTuple):
+    """Runs of roll-out bins, side by side, the longest of every trial first: those that go on are the first ones.
 
-    With each, where the bins before them are in the list of the depth before.
+    Attributes:
+        before: ``(..., W)`` the bins before the runs; trials with fewer runs than others have bin 0 for the rest.
+        widths: how many runs have a first, a second, ... bin, in the trial that has most; the first is W.
+        source: ``(..., time)`` where every bin is in the list of all bins, then of all runs' first, second, ... bins.
     """
-    depth = _run_depth(rollout)
-    levels: list[tuple[Tensor, Tensor]] = []
-    for level in range(1, int(depth.max()) + 1):
-        bins = _padded_positions(depth == level)
-        before = levels[-1][0] if levels else bins
-        levels.append((bins, torch.searchsorted(before, bins - 1).clamp(max=before.shape[-1] - 1)))
-    return levels
+
+    before: Tensor
+    widths: list[int]
+    source: Tensor
+
+
+def _runs(rollout: Tensor) -> _Runs:
+    """The runs of True along the last dimension of ``(..., time)``, whose first bin is False."""
+    num_bins, here = rollout.shape[-1], rollout.device
+    flat = rollout.reshape(-1, num_bins)
+    depth = _run_depth(flat)
+    source = torch.arange(num_bins, device=here).repeat(len(flat), 1)
+    row, last = (flat & ~functional.pad(flat[:, 1:], (0, 1))).nonzero(as_tuple=True)  # of every run
+    length = depth[row, last]
+    order = (row * num_bins - length).argsort()  # by trial, then the longest first
+    number = torch.bincount(row, minlength=len(flat))
+    column = torch.empty_like(row)
+    column[order] = torch.arange(len(row), device=here) - (number.cumsum(0) - number)[row]
+    before = row.new_zeros(len(flat), int(number.max()))
+    before[row, column] = last - length
+    widths = [int(column[length > level].max()) + 1 for level in range(int(depth.max()))]
+    start = num_bins + torch.tensor([0, *widths], device=here).cumsum(0)
+    source[flat] = start[depth[flat] - 1] + column.repeat_interleave(length)
+    return _Runs(before.view(*rollout.shape[:-1], -1), widths, source.view(rollout.shape))
 
 
 def _run_depth(rollout: Tensor) -> Tensor:
@@ -269,15 +287,6 @@ def _run_depth(rollout: Tensor) -> Tensor:
     position = torch.arange(rollout.shape[-1], device=rollout.device)
     last_false = torch.where(rollout, 0, position).cummax(-1).values
     return position - last_false
-
-
-def _padded_positions(mask: Tensor) -> Tensor:
-    """Positions of True along the last dimension, ``(..., W)``, padded with the dimension's size."""
-    size, number = mask.shape[-1], mask.sum(-1, keepdim=True)
-    positions = torch.full((*mask.shape[:-1], int(number.max())), size, device=mask.device)
-    filled = torch.arange(positions.shape[-1], device=mask.device) < number
-    positions[filled] = mask.nonzero()[:, -1]  # in the order of the rows, as `filled` takes them
-    return positions
 
 
 def _kl_or_sampled(q: TorchDistribution, p: TorchDistribution, value: Tensor) -> Tensor:

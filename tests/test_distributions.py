@@ -13,8 +13,7 @@ from torch.autograd import gradcheck
 from pyro_metassm.distributions import (
     MarkovPath,
     RolloutPath,
-    _padded_positions,
-    _run_depth,
+    _runs,
     conditional_kl,
 )
 
@@ -302,19 +301,31 @@ def test_rollouts_take_one_pass_a_depth():
     assert calls == [2, 2, 1]  # depth 1: two bins of each trial; depth 2: two of the first; depth 3: one
 
 
-def test_run_depth_and_padded_positions():
+@pytest.mark.parametrize("shape", [(20, 11), (2, 3, 6), (1, 2), (4, 1), (7,)])
+def test_runs_side_by_side_are_those_of_a_plain_loop(shape):
     torch.manual_seed(0)
-    mask = torch.rand(20, 11) < 0.6
-    mask[:, 0] = False
-    depth, positions = _run_depth(mask), _padded_positions(mask)
-    assert positions.shape[-1] == mask.sum(-1).max()
-    for row in range(20):
-        run = 0
-        for t in range(11):
-            run = run + 1 if mask[row, t] else 0
-            assert depth[row, t] == run
-        where = mask[row].nonzero().flatten().tolist()
-        assert positions[row].tolist() == where + [11] * (positions.shape[-1] - len(where))
+    mask = torch.rand(shape) < 0.6
+    mask[..., 0] = False
+    runs, size = _runs(mask), shape[-1]
+    assert runs.source.shape == shape and runs.before.shape[:-1] == shape[:-1]
+    rows = []
+    for row in mask.reshape(-1, size).tolist():
+        starts = [t for t in range(1, size) if row[t] and not row[t - 1]]
+        rows.append([(t, [*row[t:], False].index(False)) for t in starts])
+    longest = max((length for row in rows for _, length in row), default=0)
+    most = [max(sum(length > k for _, length in row) for row in rows) for k in range(longest)]
+    assert runs.widths == most
+    first = size + np.cumsum([0, *most])
+    flat = [x.reshape(len(rows), -1) for x in (mask, runs.before, runs.source)]
+    for row, rolled, before, source in zip(rows, *flat, strict=True):
+        assert torch.equal(source[~rolled], torch.arange(size)[~rolled])  # the encoder's stay where they are
+        columns = []
+        for start, length in row:
+            columns.append(int(source[start] - size))
+            assert before[columns[-1]] == start - 1
+            assert source[start : start + length].tolist() == [first[k] + columns[-1] for k in range(length)]
+        assert sorted(columns) == list(range(len(row)))
+        assert (before[len(row) :] == 0).all()
 
 
 def test_rollout_bins_have_the_priors_noise():
