@@ -55,7 +55,7 @@ class MetaSSM(PyroModule):
         y_{k,t}|z_{k,t}  ~ p(y | C_i z_{k,t} + d_i)                site "observations"  (trial, time, neuron)
 
     A variant overrides one of the hooks :meth:`embedding_prior`, :meth:`adapt_dynamics`, :meth:`initial_state`,
-    :meth:`transition`, :meth:`likelihood`; :meth:`forward` stays as it is.
+    :meth:`transition`, :meth:`likelihood`, or names another ``dynamics_class``; :meth:`forward` stays as it is.
 
     Args:
         recordings: the recordings that the model is for (their names, neurons and the scale of their data).
@@ -76,6 +76,10 @@ class MetaSSM(PyroModule):
         >>> trace.nodes["latents"]["value"].shape  # (recording, trial, time, latent_dim)
         torch.Size([2, 8, 20, 2])
     """
+
+    dynamics_class: type = LowRankMLP
+    """Makes ``dynamics`` from ``(latent_dim, embedding_dim, *, rank, hidden_dim)``: a module from an embedding to a
+    callable, as those of :mod:`pyro_metassm.dynamics` are."""
 
     def __init__(
         self,
@@ -101,7 +105,9 @@ class MetaSSM(PyroModule):
             "likelihood": likelihood,
         }
         self.neurons = recordings if isinstance(recordings, NeuronTable) else NeuronTable.of(recordings)
-        self.dynamics: nn.Module = LowRankMLP(latent_dim, embedding_dim, rank=rank, hidden_dim=hidden_dim)
+        self.dynamics: nn.Module = self.dynamics_class(
+            latent_dim, embedding_dim, rank=rank, hidden_dim=hidden_dim
+        )
         self.initial = DiagonalNormal(latent_dim, scale=1.0)
         self.process_noise = DiagonalNoise(latent_dim, scale=0.1)
         self.read_out = ReadOut(self.neurons, latent_dim)
@@ -135,6 +141,13 @@ class MetaSSM(PyroModule):
         """The dynamics at ``e (..., R, 1, embedding_dim)``: a callable from states to next means (eq. 12)."""
         return self.dynamics(e)
 
+    def dynamics_of(self, e: Tensor, recording: Tensor):
+        """The dynamics of these recordings, rows ``recording (R,)`` of the model's tables, at their embeddings ``e``.
+
+        Recordings differ through ``e`` alone, as long as this is not overridden.
+        """
+        return self.adapt_dynamics(e)
+
     def initial_state(self, e: Tensor) -> TorchDistribution:
         """Distribution of a trial's first state, event ``(latent_dim,)``."""
         return dist.Normal(self.initial.loc, self.initial.scale).to_event(1)
@@ -167,7 +180,7 @@ class MetaSSM(PyroModule):
 
     def path_prior(self, e: Tensor, batch: Batch) -> MarkovPath:
         """The prior of whole paths at embeddings ``e``; the guide's roll-outs use the same one."""
-        transition = partial(self.transition, dynamics=self.adapt_dynamics(e))
+        transition = partial(self.transition, dynamics=self.dynamics_of(e, batch.recording))
         return MarkovPath(self.initial_state(e), transition, batch.num_bins, batch.time_mask)
 
     def recording_plate(self, batch: Batch) -> pyro.plate:

@@ -243,7 +243,7 @@ def displacement(fit: Fit, recording: str, states: np.ndarray) -> np.ndarray:
     row = fit.names.index(recording)
     z = torch.as_tensor(states.reshape(1, 1, -1, states.shape[-1]), dtype=fit.dtype, device=fit.device)
     with torch.no_grad():
-        dynamics = fit.model.adapt_dynamics(_embedding(fit, row))
+        dynamics = fit.model.dynamics_of(_embedding(fit, row), torch.tensor([row], device=fit.device))
         change = fit.model.transition(z, dynamics).mean - z
     return change.cpu().numpy().reshape(states.shape)
 
@@ -296,11 +296,12 @@ def _latents(tree: xr.DataTree, recording: str) -> tuple[np.ndarray, float | Non
 
 def _rollouts(fit: Fit, recording: str, trials: int = 64, bins: int = 100) -> tuple[np.ndarray, None]:
     """Paths of the model itself, ``(trial, time, latent_dim)``."""
-    e = _embedding(fit, fit.names.index(recording))
+    row = fit.names.index(recording)
+    e = _embedding(fit, row)
     fork = [fit.device] if fit.device.type == "cuda" else []
     with torch.no_grad(), torch.random.fork_rng(fork):
         torch.manual_seed(0)
-        dynamics = fit.model.adapt_dynamics(e)
+        dynamics = fit.model.dynamics_of(e, torch.tensor([row], device=fit.device))
         z = [fit.model.initial_state(e).expand((1, trials)).sample().unsqueeze(-2)]
         for _ in range(bins - 1):
             z.append(fit.model.transition(z[-1], dynamics).sample())

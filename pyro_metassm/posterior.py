@@ -268,7 +268,7 @@ def forecast_chunks(
 ) -> Iterator[Chunk]:
     """As :func:`posterior_chunks`, with the latents of the ``horizon`` bins after ``context``."""
     for chunk in posterior_chunks(fit, recs, name, num_samples, seed, chunk_size, rows, context):
-        dynamics = fit.model.adapt_dynamics(chunk.embedding)
+        dynamics = fit.model.dynamics_of(chunk.embedding, chunk.batch.recording)
         z, path = chunk.latents[..., -1:, :], []
         for _ in range(horizon):
             z = fit.model.transition(z, dynamics).sample()

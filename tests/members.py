@@ -52,6 +52,7 @@ def smoothed(guide):
 SIZES = {"latent_dim": LATENT, "embedding_dim": EMBEDDING, "hidden_dim": 6}
 LIKELIHOODS = {c.__name__: c for c in concrete(pm.likelihoods, Likelihood)}
 MODELS = {c.__name__: (maker(c, **SIZES), c) for c in concrete(pm.models, MetaSSM)}
+COMPARISONS = [c for c in concrete(pm.models, MetaSSM) if c.__module__ == pm.models.comparisons.__name__]
 MODELS["MetaSSM of rank 0"] = (maker(MetaSSM, **SIZES, rank=0), MetaSSM)
 MODELS["MetaSSM of rank 3"] = (maker(MetaSSM, **SIZES, rank=3), MetaSSM)
 GUIDES = {c.__name__: maker(c, hidden_dim=5) for c in concrete(pm.guides, pm.guides.AmortizedGuide)}
@@ -62,10 +63,15 @@ ALL_GUIDES = GUIDES | {"ExactSmoother": pm.guides.ExactSmoother}
 
 
 def cases():
-    """All guides and likelihoods for the main model; for the others, each guide and each likelihood once."""
+    """All guides and likelihoods for the main model; for the others, each guide and each likelihood once.
+
+    The comparison methods differ from the main model in their dynamics alone, and have the main guide and likelihood.
+    """
     for model, (_, kind) in MODELS.items():
         families = LIKELIHOODS if "likelihood" in accepted(kind) else {"Gaussian": Gaussian}
         guides = ALL_GUIDES if issubclass(kind, LinearGaussian) else GUIDES
+        if kind in COMPARISONS:
+            families, guides = {"Gaussian": Gaussian}, {"DKF": GUIDES["DKF"]}
         for guide in guides:
             for family in families:
                 if model == "MetaSSM" or guide == "DKF" or family == "Gaussian":

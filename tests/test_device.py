@@ -7,6 +7,7 @@ Tensors of PyTorch's device "meta" have shapes and no values. Whatever would mak
 import numpy as np
 import pytest
 import torch
+from members import COMPARISONS
 from problems import recordings
 
 import pyro_metassm as pm
@@ -34,7 +35,17 @@ def complete() -> Recordings:
 @pytest.mark.parametrize("options", [{}, {"common_dim": 5, "embedding_encoder": RecurrentEncoder}], ids=str)
 def test_a_step_does_not_wait_for_its_device(recs, family, options):
     model = pm.models.MetaSSM(recs, latent_dim=2, embedding_dim=2, likelihood=family)
-    guide = pm.guides.DKF(model, hidden_dim=4, **options)
+    take_steps(model, pm.guides.DKF(model, hidden_dim=4, **options), recs)
+
+
+@pytest.mark.parametrize("kind", COMPARISONS)
+def test_nor_do_the_comparison_methods(kind):
+    recs = complete()
+    model = kind(recs, latent_dim=2, embedding_dim=2)
+    take_steps(model, pm.guides.DKF(model, hidden_dim=4), recs)
+
+
+def take_steps(model, guide, recs) -> None:
     guide.read_in.start(recs)
     model.to(META).train(), guide.to(META).train()
     # Read once when it is set, which is before the first step.

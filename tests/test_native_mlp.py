@@ -11,7 +11,15 @@ from torch.nn import functional
 from torch.utils.flop_counter import FlopCounterMode
 
 from pyro_metassm import native
-from pyro_metassm.dynamics import AdaptedMLP, LowRankMLP
+from pyro_metassm.adaptations import (
+    GEPSMLP,
+    EmbeddingInputMLP,
+    FullRankMLP,
+    LinearAdapterMLP,
+    SessionMLP,
+    SharedMLP,
+)
+from pyro_metassm.dynamics import AdaptedMLP, LowRankMLP, ResidualMLP
 from pyro_metassm.native import mlp
 
 DOUBLE = torch.double
@@ -19,16 +27,22 @@ DOUBLE = torch.double
 pytestmark = pytest.mark.skipif(native._compiler() is None, reason="there is no C compiler here")
 
 
-def tensors(recordings: int, rows: int, widths: tuple[int, ...], ranks: tuple[int, ...]) -> list[Tensor]:
-    """z, weights and biases in turn, u and v in turn."""
+def tensors(
+    recordings: int, rows: int, widths: tuple[int, ...], ranks: tuple[int, ...], own: str = ""
+) -> list[Tensor]:
+    """z, weights and biases in turn, u and v in turn; ``own``: a bit of each weight and bias, 1 where each has one."""
     torch.manual_seed(0)
     sizes = list(pairwise(widths))
-    shapes = [(recordings, rows, widths[0])]
-    for inp, out in sizes:
-        shapes += [(out, inp), (out,)]
+    shapes, scales = [(recordings, rows, widths[0])], [0.6]
+    for number, (inp, out) in enumerate(sizes):
+        bits = own[2 * number : 2 * number + 2] or "00"
+        lead, lead_of_bias = (((), (recordings,))[bit == "1"] for bit in bits)
+        shapes += [(*lead, out, inp), (*lead_of_bias, out)]
+        scales += [inp**-0.5, 0.6]
     for (inp, out), rank in zip(sizes, ranks, strict=False):
         shapes += [(recordings, inp, rank), (recordings, out, rank)]
-    return [torch.randn(s, dtype=DOUBLE) * (s[-1] ** -0.5 if len(s) == 2 else 0.6) for s in shapes]
+        scales += [0.6, 0.6]
+    return [torch.randn(s, dtype=DOUBLE) * scale for s, scale in zip(shapes, scales, strict=True)]
 
 
 def values_and_gradients(way, form: mlp.Form, numbers: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
@@ -48,6 +62,11 @@ CASES = [  # recordings, rows, widths, ranks, then steps, tanh, activation after
     ((40, 3, (24, 50, 24), (1, 6)), (2, 0, True, False, None)),
     ((5, 401, (2, 9, 2), (0,)), (2, 0, False, True, None)),
     ((3, 3, (3, 5, 3), (60,)), (2, 0, False, True, None)),
+    ((31, 32, (2, 64, 64, 2), (), "111111"), (3, 0, False, True, 1.0)),
+    ((3, 17, (3, 20, 33, 3), (2, 3), "0110"), (7, 1, False, True, None)),
+    ((5, 401, (2, 9, 17, 2), (0, 1, 2), "100111"), (2, 0, True, True, 0.8)),
+    ((1, 700, (4, 33, 20), (), "1101"), (1, 0, True, False, None)),
+    ((40, 3, (24, 50, 24), (), "0110"), (2, 0, False, True, None)),
 ]
 
 
@@ -77,9 +96,18 @@ def test_clamped_states_have_the_gradient_of_a_clamp():
 
 
 @pytest.mark.parametrize("activation", [0, 1])
-@pytest.mark.parametrize(("ranks", "steps", "clamp"), [((), 1, None), ((1, 2), 2, None), ((1,), 2, 0.7)])
-def test_gradients_against_finite_differences(activation, ranks, steps, clamp):
-    leaves = [t.requires_grad_() for t in tensors(2, 3, (2, 3, 2), ranks)]
+@pytest.mark.parametrize(
+    ("ranks", "own", "steps", "clamp"),
+    [
+        ((), "", 1, None),
+        ((1, 2), "", 2, None),
+        ((1,), "", 2, 0.7),
+        ((), "1111", 2, 0.7),
+        ((1,), "0110", 2, None),
+    ],
+)
+def test_gradients_against_finite_differences(activation, ranks, own, steps, clamp):
+    leaves = [t.requires_grad_() for t in tensors(2, 3, (2, 3, 2), ranks, own)]
     form = mlp.Form(2, steps, activation, False, True, clamp)
     call = lambda *x: mlp._Kernel.apply(form, *x)
     assert torch.autograd.gradcheck(call, leaves)
@@ -98,8 +126,9 @@ def test_second_derivatives_where_arguments_depend_on_each_other():
         torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-12)
 
 
-def test_the_number_of_threads_changes_no_bit():
-    numbers, form = tensors(3, 900, (2, 64, 64, 2), (1, 1)), mlp.Form(3, 2, 0, False, True, None)
+@pytest.mark.parametrize("own", ["", "110111"])
+def test_the_number_of_threads_changes_no_bit(own):
+    numbers, form = tensors(3, 900, (2, 64, 64, 2), (1, 1), own), mlp.Form(3, 2, 0, False, True, None)
     runs, before = [], torch.get_num_threads()
     try:
         for threads in (1, 2, 3):
@@ -122,8 +151,9 @@ def test_a_rows_numbers_do_not_depend_on_the_other_rows():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, DOUBLE])
-def test_nan_stays_in_its_row(dtype):
-    z, *rest = (t.to(dtype) for t in tensors(2, 60, (2, 20, 2), (1,)))
+@pytest.mark.parametrize("own", ["", "1111"])
+def test_nan_stays_in_its_row(dtype, own):
+    z, *rest = (t.to(dtype) for t in tensors(2, 60, (2, 20, 2), (1,), own))
     form = mlp.Form(2, 3, 0, False, True, 1.0)
     clean = mlp._Kernel.apply(form, z, *rest)
     z[1, 33, 0] = torch.nan
@@ -171,16 +201,16 @@ def calls(monkeypatch) -> list[int]:
     return made
 
 
-def dynamics(rank: int, residual: bool = True, activation=functional.silu) -> LowRankMLP:
+def dynamics(rank: int, residual: bool = True, activation=functional.silu, kind=LowRankMLP) -> ResidualMLP:
     torch.manual_seed(0)
-    made = LowRankMLP(2, 3, rank=rank, hidden_dim=7, residual=residual, activation=activation).double()
+    made = kind(2, 3, rank=rank, hidden_dim=7, residual=residual, activation=activation).double()
     with torch.no_grad():
         for parameter in made.parameters():
             parameter.add_(0.3 * torch.randn_like(parameter))
     return made
 
 
-def gradients(value: Tensor, f: LowRankMLP, *others: Tensor) -> list[Tensor]:
+def gradients(value: Tensor, f: nn.Module, *others: Tensor) -> list[Tensor]:
     leaves = [p for p in f.parameters()] + [t for t in others if t.requires_grad]
     found = torch.autograd.grad((value * value).sum(), leaves, allow_unused=True)
     return [torch.zeros_like(p) if g is None else g for p, g in zip(leaves, found, strict=True)]
@@ -199,10 +229,16 @@ SHAPES = [  # of e, of z
 ]
 
 
-@pytest.mark.parametrize("rank", [0, 1, 3])
+KINDS = [
+    *((LowRankMLP, rank) for rank in (0, 1, 3)),
+    *((kind, 2) for kind in (SharedMLP, EmbeddingInputMLP, LinearAdapterMLP, GEPSMLP, FullRankMLP)),
+]
+
+
+@pytest.mark.parametrize(("kind", "rank"), KINDS)
 @pytest.mark.parametrize(("e", "z"), SHAPES)
-def test_adapted_dynamics_in_every_shape(rank, e, z, calls, monkeypatch):
-    f = dynamics(rank)
+def test_adapted_dynamics_in_every_shape(kind, rank, e, z, calls, monkeypatch):
+    f = dynamics(rank, kind=kind)
     e, z = torch.randn(e, dtype=DOUBLE), torch.randn(z, dtype=DOUBLE, requires_grad=True)
     ways = []
     for setting in ("1", "0"):
@@ -211,6 +247,21 @@ def test_adapted_dynamics_in_every_shape(rank, e, z, calls, monkeypatch):
         results = [once, *([f(e).rollout(z, 3, clamp=1.5)] if z.shape[-2] == 1 else [])]
         ways.append([*results, *(g for result in results for g in gradients(result, f, z))])
     assert len(calls) == 1 + (z.shape[-2] == 1), "C answered, and only where it was allowed to"
+    for ours, theirs in zip(*ways, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("shape", [(2, 5, 1, 2), (4, 2, 5, 1, 2), (4, 2, 5, 6, 2)])
+def test_dynamics_of_sessions_in_every_shape(shape, calls, monkeypatch):
+    torch.manual_seed(0)
+    f, z = SessionMLP(3, 2, hidden_dim=7).double(), torch.randn(shape, dtype=DOUBLE, requires_grad=True)
+    rows, ways = torch.tensor([2, 0]), []
+    for setting in ("1", "0"):
+        monkeypatch.setenv("METASSM_NATIVE", setting)
+        once = f(rows)(z)
+        results = [once, *([f(rows).rollout(z, 3, clamp=1.5)] if z.shape[-2] == 1 else [])]
+        ways.append([*results, *(g for result in results for g in gradients(result, f, z))])
+    assert len(calls) == 1 + (z.shape[-2] == 1)
     for ours, theirs in zip(*ways, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-10)
 

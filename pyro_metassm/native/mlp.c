@@ -2,12 +2,12 @@
  *
  *     a_l = h_{l-1} (W_l + u_l v_l') + b_l,   h_l = s(a_l),   h_0 = z,   z' = [z +] a_n or h_n,   clamped or not,
  *
- * for rows z of many recordings, each with its own u and v, over `steps` steps. A job is a range of rows of a few
- * recordings. It builds W + u v' in cache and takes a panel of rows through all steps. Backward has the states of
- * every step, makes the hidden layers again, panel by panel, and sums the gradient of the built matrix, from which
- * those of W, u and v follow. Python hands the same `problem` to several threads; each takes the next job until none is
- * left. Jobs depend on the sizes alone and their gradients are summed in one order, so results are the same for any
- * number of threads.
+ * for rows z of many recordings, each with its own u and v, and with a W and a b of its own or of all, over `steps`
+ * steps. A job is a range of rows of a few recordings. It builds W + u v' in cache and takes a panel of rows through
+ * all steps. Backward has the states of every step, makes the hidden layers again, panel by panel, and sums the
+ * gradient of the built matrix, from which those of W, u and v follow. Python hands the same `problem` to several
+ * threads; each takes the next job until none is left. Jobs depend on the sizes alone and their gradients are summed
+ * in one order, so results are the same for any number of threads.
  *
  * Compiled by __init__.py with -DBITS=32 or 64.
  *
@@ -20,7 +20,8 @@ enum { LAYERS = 8, PANEL = 3 * LANES, JOBS = 16, SHORTEST = 4 * PANEL };
 enum { SILU, TANH };
 
 struct layer {
-    int64_t in, out, rank;             /* rank 0: not adapted */
+    int64_t in, out, rank;             /* rank 0: no u and v */
+    int64_t own_weight, own_bias;      /* 1: for each recording one, which lie one after the other; 0: of all */
     const real *weight, *bias, *u, *v; /* (out, in), (out), (recordings, in, rank), (recordings, out, rank) */
     real *grad_weight, *grad_bias, *grad_u, *grad_v; /* of the same shapes */
 };
@@ -45,7 +46,7 @@ struct plan {
     int64_t hidden[LAYERS + 1], slope[LAYERS + 1], grad, back, across; /* panels, */
     int64_t grad_built[LAYERS], grad_bias[LAYERS], sums, scratch;      /* and sums */
     int64_t of_built[LAYERS], of_bias[LAYERS], of_job; /* in partial: of each job, */
-    int64_t of_u[LAYERS], of_v[LAYERS], partial;       /* and then of each part */
+    int64_t of_own_weight[LAYERS], of_own_bias[LAYERS], of_u[LAYERS], of_v[LAYERS], partial; /* then of each part */
 };
 
 INLINE int64_t take(int64_t *total, int64_t count) {
@@ -96,8 +97,11 @@ static struct plan plan_of(const struct problem *p) {
     s.partial = s.jobs * s.of_job;
     for (int64_t n = 0; n < p->layers; n++) {
         const struct layer *l = p->layer + n;
-        s.of_u[n] = take(&s.partial, s.parts * p->recordings * l->in * l->rank);
-        s.of_v[n] = take(&s.partial, s.parts * p->recordings * l->out * l->rank);
+        const int64_t blocks = s.parts * p->recordings;
+        s.of_own_weight[n] = take(&s.partial, blocks * l->out * l->in * l->own_weight);
+        s.of_own_bias[n] = take(&s.partial, blocks * l->out * l->own_bias);
+        s.of_u[n] = take(&s.partial, blocks * l->in * l->rank);
+        s.of_v[n] = take(&s.partial, blocks * l->out * l->rank);
     }
     return s;
 }
@@ -191,11 +195,12 @@ static void build(const struct problem *p, const struct plan *s, int64_t recordi
     for (int64_t n = 0; n < p->layers; n++) {
         const struct layer *l = p->layer + n;
         const int64_t wide = s->wide[n + 1];
+        const real *weight = l->weight + l->own_weight * recording * l->out * l->in;
         real *w = scratch + s->built[n], *ut = scratch + s->u[n], *vt = scratch + s->v[n];
         memset(w, 0, s->tall[n] * wide * sizeof(real));
-        transpose(w, wide, l->weight, l->in, l->out, l->in);
+        transpose(w, wide, weight, l->in, l->out, l->in);
         memset(scratch + s->bias[n], 0, wide * sizeof(real));
-        memcpy(scratch + s->bias[n], l->bias, l->out * sizeof(real));
+        memcpy(scratch + s->bias[n], l->bias + l->own_bias * recording * l->out, l->out * sizeof(real));
         if (!l->rank) continue;
         const real *u = l->u + recording * l->in * l->rank;
         memset(ut, 0, l->rank * s->wide[n] * sizeof(real));
@@ -233,7 +238,19 @@ static void through_factors(const real *g, int64_t m, int64_t wide, int64_t rank
         }
 }
 
-/* The sums of a recording enter those of the job, and make the gradients of its u and v. */
+/* The gradients of weight and bias, (out, in) and (out), from the sums that make them. */
+static void weight_of(real *to, const struct plan *s, const struct layer *l, int64_t n, const real *g) {
+    if (turned(l))
+        for (int64_t f = 0; f < l->out; f++) memcpy(to + f * l->in, g + f * s->wide[n], l->in * sizeof(real));
+    else
+        transpose(to, l->in, g, s->wide[n + 1], l->in, l->out);
+}
+
+static void bias_of(real *to, const struct layer *l, const real *sums) {
+    for (int64_t f = 0; f < l->out; f++) to[f] = sum_of(AT(sums + f * LANES));
+}
+
+/* The sums of a recording enter those of the job, or are its own gradients, and make those of its u and v. */
 static void end_recording(const struct problem *p, const struct plan *s, int64_t recording, int64_t part,
                           real *scratch, real *partial) {
     for (int64_t n = 0; n < p->layers; n++) {
@@ -242,6 +259,8 @@ static void end_recording(const struct problem *p, const struct plan *s, int64_t
         const real *g = scratch + s->grad_built[n];
         for (int64_t k = s->of_built[n]; k < (n + 1 < p->layers ? s->of_built[n + 1] : s->of_job); k++)
             partial[k] += g[k - s->of_built[n]]; /* the bias lies behind, in both */
+        if (l->own_weight) weight_of(p->partial + s->of_own_weight[n] + block * l->out * l->in, s, l, n, g);
+        if (l->own_bias) bias_of(p->partial + s->of_own_bias[n] + block * l->out, l, scratch + s->grad_bias[n]);
         if (!rank) continue;
         real *grad_u = p->partial + s->of_u[n] + block * l->in * rank;
         real *grad_v = p->partial + s->of_v[n] + block * l->out * rank, *other = scratch + s->across;
@@ -373,25 +392,30 @@ void work(struct problem *p, int64_t backward, int64_t worker) {
     }
 }
 
-/* Gradients of the weights: the sums of the jobs', in their order. */
+/* to = the sum over the parts, of `count` each. */
+static void sum_parts(real *to, const real *from, int64_t parts, int64_t count) {
+    if (count) memcpy(to, from, count * sizeof(real));
+    for (int64_t part = 1; part < parts; part++)
+        for (int64_t k = 0; k < count; k++) to[k] += from[part * count + k];
+}
+
+/* Gradients of the weights: the sums of the jobs', or of the parts', in their order. */
 void finish(const struct problem *p) {
     const struct plan s = plan_of(p);
     for (int64_t j = 1; j < s.jobs; j++)
         for (int64_t k = 0; k < s.of_job; k++) p->partial[k] += p->partial[j * s.of_job + k];
     for (int64_t n = 0; n < p->layers; n++) {
         const struct layer *l = p->layer + n;
-        const real *g = p->partial + s.of_built[n], *bias = p->partial + s.of_bias[n];
-        if (turned(l))
-            for (int64_t f = 0; f < l->out; f++)
-                memcpy(l->grad_weight + f * l->in, g + f * s.wide[n], l->in * sizeof(real));
+        const int64_t all = p->recordings;
+        if (l->own_weight)
+            sum_parts(l->grad_weight, p->partial + s.of_own_weight[n], s.parts, all * l->out * l->in);
         else
-            transpose(l->grad_weight, l->in, g, s.wide[n + 1], l->in, l->out);
-        for (int64_t f = 0; f < l->out; f++) l->grad_bias[f] = sum_of(AT(bias + f * LANES));
-        const int64_t of_u = p->recordings * l->in * l->rank, of_v = p->recordings * l->out * l->rank;
-        for (int64_t part = 0; part < s.parts; part++) {
-            const real *u = p->partial + s.of_u[n] + part * of_u, *v = p->partial + s.of_v[n] + part * of_v;
-            for (int64_t k = 0; k < of_u; k++) l->grad_u[k] = part ? l->grad_u[k] + u[k] : u[k];
-            for (int64_t k = 0; k < of_v; k++) l->grad_v[k] = part ? l->grad_v[k] + v[k] : v[k];
-        }
+            weight_of(l->grad_weight, &s, l, n, p->partial + s.of_built[n]);
+        if (l->own_bias)
+            sum_parts(l->grad_bias, p->partial + s.of_own_bias[n], s.parts, all * l->out);
+        else
+            bias_of(l->grad_bias, l, p->partial + s.of_bias[n]);
+        sum_parts(l->grad_u, p->partial + s.of_u[n], s.parts, all * l->in * l->rank);
+        sum_parts(l->grad_v, p->partial + s.of_v[n], s.parts, all * l->out * l->rank);
     }
 }

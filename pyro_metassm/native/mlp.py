@@ -38,7 +38,7 @@ OTHER_NAMES: dict[object, int] = {
 }
 
 Layer = tuple[Tensor, Tensor]
-"""``weight (out, in)`` and ``bias (out,)``, as ``nn.Linear`` has them."""
+"""``weight (out, in)`` and ``bias (out,)`` as ``nn.Linear`` has them, or ``(R, out, in)``, ``(R, out)``: one each."""
 Update = tuple[Tensor, Tensor]
 """``u (R, in, rank)`` and ``v (R, out, rank)``."""
 
@@ -72,7 +72,7 @@ def rollout(
 
     Args:
         z: ``(R, M, d)``, M rows for each of R recordings.
-        layers: weights and biases.
+        layers: weights and biases, of all recordings or of each.
         updates: of the first layers, as many as there are.
         num_steps: 1 is a plain evaluation, and the last layer may then have any width.
         activation: ``silu`` or ``tanh``, as a function or a module.
@@ -102,7 +102,7 @@ def by_torch(form: Form, z: Tensor, *tensors: Tensor) -> Tensor:
     for _ in range(form.num_steps):
         x = z
         for number, (weight, bias) in enumerate(layers):
-            out = x @ weight.mT + bias
+            out = x @ weight.mT + bias.unsqueeze(-2)
             if number < len(updates):
                 u, v = updates[number]
                 out = out + (x @ u) @ v.mT
@@ -136,10 +136,13 @@ def _of_rows(x: Tensor, layers: Sequence[Layer], **options) -> Tensor | None:
     return None if y is None else y.reshape(*x.shape[:-1], -1)
 
 
-def linear(modules: Iterable[nn.Module]) -> list[Layer] | None:
+def linear(modules: Iterable[nn.Module | Layer]) -> list[Layer] | None:
     """The weights and biases of linear layers that are nothing but that."""
     layers: list[Layer] = []
     for module in modules:
+        if isinstance(module, tuple):
+            layers.append(module)
+            continue
         if type(module) is not nn.Linear or _hooked(module):
             return None
         layer = module.weight, module.bias
@@ -172,8 +175,9 @@ def _fit(z: Tensor, layers: Sequence[Layer], updates: Sequence[Update], closed: 
     recordings, _, first = z.shape
     width = first
     for number, (weight, bias) in enumerate(layers):
-        out = bias.numel()
-        if weight.shape != (out, width) or bias.dim() != 1 or not out:
+        out = bias.shape[-1] if bias.dim() else 0
+        each = (recordings, out, width), (recordings, out)
+        if not out or weight.shape not in (each[0], each[0][1:]) or bias.shape not in (each[1], each[1][1:]):
             return False
         if number < len(updates):
             u, v = updates[number]
@@ -187,7 +191,12 @@ def _fit(z: Tensor, layers: Sequence[Layer], updates: Sequence[Update], closed: 
 def _pays(z: Tensor, layers: Sequence[Layer], num_steps: int) -> bool:
     """Whether C is the faster way, by the sizes: weights that fit a core's cache, and enough rows that use them."""
     enough = z.shape[0] <= FEW_RECORDINGS or z.shape[1] * num_steps >= ENOUGH_ROWS
-    return enough and sum(weight.numel() for weight, _ in layers) <= MOST_WEIGHTS
+    return enough and sum(_size(weight) for weight, _ in layers) <= MOST_WEIGHTS
+
+
+def _size(weight: Tensor) -> int:
+    """Numbers of a matrix, of one recording's where each has its own."""
+    return weight.shape[-2] * weight.shape[-1]
 
 
 def _plain(tensors: Sequence[Tensor]) -> bool:
@@ -218,7 +227,7 @@ def _library(dtype: torch.dtype) -> ctypes.CDLL | None:
 
 @functools.cache
 def _correct(dtype: torch.dtype) -> bool:
-    shapes = [(2, 5, 2), (7, 2), (7,), (2, 7), (2,), (2, 2, 1), (2, 7, 1)]
+    shapes = [(2, 5, 2), (7, 2), (7,), (2, 2, 7), (2, 2), (2, 2, 1), (2, 7, 1)]
     form = Form(2, num_steps=2, activation=0, activate_last=False, residual=True, clamp=1.0)
     ways = (functools.partial(by_torch, form), functools.partial(_Kernel.apply, form))
     same = kernels.agree(*ways, shapes, dtype)
@@ -234,7 +243,7 @@ class _Layer(ctypes.Structure):
     """``struct layer`` of the C file, field by field."""
 
     _fields_ = [
-        *((name, ctypes.c_int64) for name in ("in_", "out", "rank")),
+        *((name, ctypes.c_int64) for name in ("in_", "out", "rank", "own_weight", "own_bias")),
         *(
             (name, ctypes.c_void_p)
             for name in (
@@ -271,7 +280,7 @@ class _Problem(ctypes.Structure):
         self.residual, self.clamped, self.limit = form.residual, form.clamp is not None, form.clamp or 0.0
         self.z, self.path = z.data_ptr(), path.data_ptr()
         self.set_layers(tensors, ("weight", "bias"), ("u", "v"))
-        self.work = z.shape[0] * z.shape[1] * form.num_steps * sum(w.numel() for w in self.weights(tensors))
+        self.work = z.shape[0] * z.shape[1] * form.num_steps * sum(map(_size, self.weights(tensors)))
         found = _library(z.dtype)
         assert found is not None, "asked for before"
         self.library = found
@@ -279,15 +288,18 @@ class _Problem(ctypes.Structure):
     def weights(self, tensors: Sequence[Tensor]) -> Sequence[Tensor]:
         return tensors[1 : 1 + 2 * self.layers : 2]
 
-    def set_layers(self, tensors: Sequence[Tensor], shared: tuple[str, str], own: tuple[str, str]) -> None:
+    def set_layers(
+        self, tensors: Sequence[Tensor], layers: tuple[str, str], updates: tuple[str, str]
+    ) -> None:
         """Where the tensors of all layers lie, or their gradients."""
         for number, weight in enumerate(self.weights(tensors)):
-            layer = self.layer[number]
-            layer.out, layer.in_ = weight.shape
-            for names, at in ((shared, 1 + 2 * number), (own, 1 + 2 * (self.layers + number))):
+            layer, bias = self.layer[number], tensors[2 + 2 * number]
+            layer.out, layer.in_ = weight.shape[-2:]
+            layer.own_weight, layer.own_bias = weight.dim() == 3, bias.dim() == 2
+            for names, at in ((layers, 1 + 2 * number), (updates, 1 + 2 * (self.layers + number))):
                 for name, t in zip(names, tensors[at : at + 2], strict=False):
                     setattr(layer, name, t.data_ptr())
-                    if names is own:
+                    if names is updates:
                         layer.rank = t.shape[-1]
 
     def run(self, like: Tensor, backward: bool) -> None:
@@ -309,7 +321,7 @@ class _Kernel(torch.autograd.Function):
     def forward(ctx, form: Form, *tensors: Tensor) -> Tensor:
         dense = [t.contiguous() for t in tensors]
         z, last = dense[0], dense[2 * form.num_layers]
-        path = z.new_empty(*z.shape[:2], form.num_steps, last.numel())
+        path = z.new_empty(*z.shape[:2], form.num_steps, last.shape[-1])
         _Problem(form, dense, path).run(z, backward=False)
         ctx.form = form
         ctx.save_for_backward(*tensors, path)
