@@ -1,160 +1,173 @@
-"""The start from the data: frames that do not depend on who observed, noise told from signal, a better first ELBO."""
+"""The start from the data: frames in their natural scale, read-ins and read-outs written from them, a better ELBO."""
 
 import numpy as np
 import pytest
 import torch
+from torch.distributions import MultivariateNormal, kl_divergence
 
 import pyro_metassm as pm
 from pyro_metassm import warm_start
-from pyro_metassm.dynamics import LowRankMLP
-from pyro_metassm.guides.encoders import smooth
+from pyro_metassm.frames import RIDGE, canonical_frames
+from pyro_metassm.windows import TiedFrames
 
 
-def spiral(num_trials=40, num_steps=60, seed=0):
-    """A rotation whose axes differ in speed, so that its canonical frame is unique."""
+def moments(*shape, seed=0):
+    """Second moments ``(..., d, d)`` of the read-outs of nine neurons."""
+    rng = torch.Generator().manual_seed(seed)
+    rows = torch.randn(*shape[:-1], 9, shape[-1], generator=rng).double()
+    return rows.mT @ rows / 9
+
+
+def test_natural_frames_give_all_read_outs_one_spread_and_latents_unit_variance():
+    tuning = moments(5, 3) * torch.tensor([0.01, 0.1, 1.0, 10.0, 100.0]).double()[:, None, None]
+    frame, scaled = warm_start.natural_frames(tuning)
+    torch.testing.assert_close(frame, frame.mT)
+    spread = frame @ tuning @ frame.mT  # of c = F b
+    square = spread[0, 0, 0]
+    torch.testing.assert_close(spread, square * torch.eye(3).double().expand(5, 3, 3))
+    torch.testing.assert_close(scaled, tuning / square)
+    latents = torch.linalg.inv(frame)  # z = w F^-1 of white w: their second moment is F^-T F^-1
+    torch.testing.assert_close(latents.square().sum((-1, -2)).mean() / 3, torch.tensor(1.0).double())
+
+
+def test_natural_frames_of_fewer_neurons_than_latents_are_finite():
+    """One neuron and two latents: what it does not read gets a little of what it reads."""
+    row = torch.tensor([[0.6, 0.8]]).double()
+    tuning = torch.stack([row.mT @ row, moments(2)])
+    frame, scaled = warm_start.natural_frames(tuning)
+    assert frame.isfinite().all() and scaled.isfinite().all()
+    unseen = torch.tensor([0.8, -0.6]).double()
+    ratio = (unseen @ scaled[0] @ unseen) / (row @ scaled[0] @ row.mT)
+    torch.testing.assert_close(ratio.squeeze(), torch.tensor(RIDGE).double())
+    silent, _ = warm_start.natural_frames(torch.zeros(1, 2, 2))
+    torch.testing.assert_close(silent, torch.eye(2).expand(1, 2, 2))
+
+
+# ---- a model, a guide, and data with trials of unequal lengths, missing bins and held-out neurons ----------
+
+
+def data(noise=0.0, seed=0):
     rng = np.random.default_rng(seed)
-    step = np.array([[0.95, -0.25], [0.12, 0.97]])
-    z = rng.normal(size=(num_trials, 2))
-    path = []
-    for _ in range(num_steps):
-        z = z @ step.T + 0.1 * rng.normal(size=z.shape)
-        path.append(z)
-    return torch.tensor(np.stack(path, 1))
+    time = np.arange(50)
+    result = []
+    for name, number, held_out in (("a", 7, [1, 2]), ("b", 4, None)):
+        phase, speed = rng.uniform(0, 6.28, (8, 1)), 0.2 + 0.1 * rng.random((8, 1))
+        z = np.stack([np.cos(speed * time + phase), np.sin(0.9 * speed * time + phase)], -1)
+        y = z @ rng.normal(size=(2, number)) + rng.normal(size=number)
+        y = y + noise * rng.normal(size=y.shape)
+        y[2, 30:] = np.nan
+        y[4, 10:13] = np.nan
+        result.append(pm.Recording(name, y, bin_width=0.02, held_out_neurons=held_out))
+    return pm.Recordings(result)
 
 
-def test_canonical_frame_does_not_depend_on_the_basis_of_observation():
-    z = spiral()
-    seen = torch.ones(z.shape[:2], dtype=torch.bool)
-    mixing = torch.tensor(
-        [[1.3, -0.4], [0.2, 0.9]], dtype=z.dtype
-    )  # another observer, with another handedness
-    mirror = torch.tensor([[-1.0, 0.0], [0.0, 1.0]], dtype=z.dtype)
-    frames = []
-    for observed in (z, z @ mixing + 3.0, z @ mirror @ mixing):
-        matrix, offset = warm_start.canonical_frame(observed, seen)
-        frames.append(observed @ matrix + offset)
-    # Exact but for the ridge on the whitening; the sign of the whole frame is free.
-    for other in frames[1:]:
-        sign = torch.sign((frames[0] * other).sum())
-        assert (frames[0] - sign * other).abs().mean() < 0.08
-    assert torch.allclose(frames[0].flatten(0, 1).mean(0), torch.zeros(2, dtype=z.dtype), atol=1e-10)
-    assert torch.allclose(frames[0].flatten(0, 1).var(0), torch.ones(2, dtype=z.dtype), atol=0.05)
-
-
-def test_canonical_frame_gives_mirrored_cycles_the_same_handedness():
-    angle = torch.linspace(0, 20, 200, dtype=torch.double)
-    seen = torch.ones(1, 200, dtype=torch.bool)
-    turns = []
-    for sign in (1.0, -1.0):
-        cycle = torch.stack([angle.cos(), sign * angle.sin()], -1).unsqueeze(0)
-        matrix, offset = warm_start.canonical_frame(cycle, seen)
-        w = cycle @ matrix + offset
-        turns.append(float((w[:, :-1, 0] * w[:, 1:, 1] - w[:, :-1, 1] * w[:, 1:, 0]).mean()))
-    assert turns[0] * turns[1] > 0
-
-
-def test_lagged_subspace_ignores_noise_that_is_independent_from_bin_to_bin():
+def parts(recs):
     torch.manual_seed(0)
-    z = spiral(num_trials=200).float()
-    read_out = torch.linalg.qr(torch.randn(20, 2))[0].mT
-    noise = torch.randn(200, 60, 20) * torch.linspace(
-        0.1, 3.0, 20
-    )  # far louder than the signal, unequal by neuron
-    features = z @ read_out + noise
-    features = features - features.mean((0, 1))
-    seen = torch.ones(200, 60, dtype=torch.bool)
-    basis = warm_start.lagged_subspace(features, seen, 2)
-    alignment = torch.linalg.svdvals(read_out @ basis)  # cosines of the principal angles
-    _, pca = torch.linalg.eigh(torch.einsum("ktn,ktm->nm", features, features))
-    assert alignment.min() > 0.9
-    assert torch.linalg.svdvals(read_out @ pca[:, -2:]).min() < 0.5  # what the plain covariance gives
+    model = pm.models.MetaSSM(recs, latent_dim=2, embedding_dim=1, hidden_dim=4).double()
+    guide = pm.guides.DKF(model, hidden_dim=4).double()
+    guide.read_in.start(recs)
+    batch = recs.batch(model.names, dtype=torch.double)
+    return model, guide, batch, (batch.mask & batch.held_in[:, None, None, :]).any(-1)
 
 
-def test_fewer_neurons_than_latents_leave_zeros():
-    features = torch.randn(5, 10, 1)
-    basis = warm_start.lagged_subspace(features, torch.ones(5, 10, dtype=torch.bool), 3)
-    assert basis.shape == (1, 3) and (basis[:, 1:] == 0).all() and basis[0, 0].abs() == 1
+def test_tuning_divergence_is_that_of_normals():
+    recs = data()
+    model, guide, batch, bins = parts(recs)
+    tuning = moments(2, 2)
+    stage = warm_start.DynamicsFirst(
+        model, guide, torch.randn(*bins.shape, 2).double(), bins, batch.recording, tuning
+    )
+    assert abs(stage.tuning_divergence()) < 1e-12  # where it starts
+    with torch.no_grad():
+        stage.frame.add_(0.3 * torch.randn(2, 2, 2))
+    _, scaled = warm_start.natural_frames(tuning)
+    spread = stage.frame @ scaled @ stage.frame.mT
+    zero = torch.zeros(2).double()
+    expected = kl_divergence(
+        MultivariateNormal(zero, spread), MultivariateNormal(zero, torch.eye(2).double())
+    )
+    torch.testing.assert_close(stage.tuning_divergence(), expected.mean())
 
 
-@pytest.mark.parametrize("sd", [0.0, 0.5])
-def test_noise_share_of_a_known_mixture(sd):
+@pytest.mark.parametrize("noise", [0.0, 0.7])
+def test_the_read_in_reproduces_the_states_of_the_stage(noise):
+    """Whatever the frames, with and without smoothing, to rounding."""
+    _, guide, batch, bins = parts(data(noise))
+    frames = canonical_frames(guide.read_in.features(batch), bins, 2)
+    assert (frames.smoothing > 0) == (noise > 0)
+    tied = TiedFrames(torch.randn(2, 2, 2).double(), torch.randn(2, 2).double())
+    guide.smoothing.fill_(frames.smoothing)
+    warm_start.write_read_in(guide, frames, tied.frame, tied.offset, batch)
+    with torch.no_grad():
+        ybar, z, _ = guide.common_space(batch)
+        torch.testing.assert_close(z[bins], tied.states(frames.coordinates)[bins], rtol=1e-10, atol=1e-10)
+    assert (ybar[..., 2:] == 0).all()
+
+
+def test_read_outs_of_latents_predict_as_those_of_canonical_coordinates_do():
+    model, _, batch, bins = parts(data())
+    tied = TiedFrames(torch.randn(2, 2, 2).double(), torch.randn(2, 2).double())
+    w = torch.randn(*bins.shape, 2).double()
+    with torch.no_grad():
+        expected = model.read_out(w, batch.recording, batch.width)
+        warm_start.write_read_outs(model, tied.frame, tied.offset, batch)
+        found = model.read_out(tied.states(w), batch.recording, batch.width)
+    for r, width in enumerate(batch.num_neurons):
+        torch.testing.assert_close(found[r, ..., :width], expected[r, ..., :width])
+
+
+@pytest.mark.parametrize("sd", [0.0, 0.05])
+def test_the_process_noise_is_told_from_the_noise_of_the_frame(sd):
+    """A linear system seen with noise ``n`` of its own.
+
+    A residual is ``r_t = q_t + n_{t+1} - A n_t``; its variance plus twice its covariance with the next is
+    ``Q + s^2 (1 + |A_i|^2 - 2 A_ii)`` for the axis ``i``. For a moving average of order one with the autocovariances
+    ``v, c`` that estimate has the variance ``(6 v^2 + 16 c^2 + 16 v c) / n`` (Bartlett).
+    """
     torch.manual_seed(0)
-    time = torch.arange(400) * 0.1
-    phase = 2 * torch.pi * torch.rand(100, 1)
-    signal = torch.stack([(time + phase).sin(), (time + phase).cos()], -1)  # variance 1/2 each
-    noisy = signal + sd * torch.randn_like(signal)
-    share = warm_start.noise_share(noisy, torch.ones(noisy.shape[:2], dtype=torch.bool))
-    # 40,000 bins: the standard error of a covariance is about 0.5 / sqrt(40000), four of them enter.
-    assert abs(float(share) - sd**2 / (0.5 + sd**2)) < 0.02
+    a, trials, bins = torch.tensor([[0.95, -0.2], [0.25, 0.9]]).double(), 60, 200
+    q = torch.tensor([0.04, 0.08]).double()
+    z = [torch.randn(2, trials, 2).double()]
+    for _ in range(bins - 1):
+        z.append(z[-1] @ a.mT + q * torch.randn(2, trials, 2).double())
+    path = torch.stack(z, 2)
+    seen = path + sd * torch.randn_like(path)
+    recs = pm.Recordings(
+        [
+            pm.Recording(n, np.random.default_rng(0).normal(size=(trials, bins, 1)), bin_width=0.02)
+            for n in "ab"
+        ]
+    )
+    model = pm.models.LinearGaussian(recs, latent_dim=2).double()
+    guide = pm.guides.DKF(model, hidden_dim=4).double()
+    with torch.no_grad():
+        model.dynamics.weight.copy_(a)
+    mask = torch.ones(2, trials, bins, dtype=torch.bool)
+    mask[0, 3, 50:] = False  # rubbish there counts nothing
+    rubbish = torch.where(mask.unsqueeze(-1), seen, 100.0)
+    with torch.no_grad():
+        warm_start._write_noise(model, guide, rubbish, mask, recs.batch(model.names, dtype=torch.double))
+    own = a.diagonal()
+    expected = q**2 + sd**2 * (1 + a.square().sum(-1) - 2 * own)
+    v, c = q**2 + sd**2 * (1 + a.square().sum(-1)), -(sd**2) * own
+    error = ((6 * v**2 + 16 * c**2 + 16 * v * c) / (2 * trials * bins)).sqrt()
+    assert ((model.process_noise().detach() ** 2 - expected).abs() < 5 * error).all()
+    if sd:  # taken at face value the residuals would say something else
+        assert (v - expected > 10 * error).all()
+    first = rubbish[:, :, 0].flatten(0, 1)
+    torch.testing.assert_close(model.initial.loc.detach(), first.mean(0))
+    torch.testing.assert_close(model.initial.scale.detach(), first.std(0))
 
 
-def test_smoothing_is_a_weighted_mean_and_can_leave_a_bin_out():
-    x = torch.randn(1, 1, 9, 1)
-    weight = torch.ones_like(x)
-    weight[..., 4, :] = 0.0
-    lag = torch.arange(9.0) - 4.0
-    kernel = torch.exp(-0.5 * (lag / 1.5) ** 2)
-    expected = (kernel * weight.flatten() * x.flatten()).sum() / (kernel * weight.flatten()).sum()
-    assert torch.allclose(smooth(x, weight, 1.5)[0, 0, 4, 0], expected, atol=1e-6)
-    assert torch.equal(smooth(x, weight, 0.0), x)
-    spike = torch.zeros_like(x)
-    spike[..., 4, :] = 1.0
-    assert smooth(spike, torch.ones_like(x), 1.5, leave_out=True)[0, 0, 4, 0] == 0.0
-
-
-@pytest.mark.parametrize("rank", [0, 2])
-def test_roll_outs_of_the_librarys_dynamics_are_those_of_any_callable(rank):
-    """In value and gradient; the first states leave the bounds, or do not."""
-    torch.manual_seed(0)
-    mlp = LowRankMLP(2, 3, rank=rank, hidden_dim=7).double()
-    e = torch.randn(2, 1, 3, dtype=torch.double, requires_grad=True)
-    z = (2.0 * torch.randn(2, 5, 1, 2, dtype=torch.double)).requires_grad_()
-    leaves = [p for p in (z, e, *mlp.parameters()) if p.numel()]
-    own, results = mlp(e), []
-    for dynamics in (own, lambda z: own(z)):
-        path = warm_start.roll_out(dynamics, z, 9, 3.0)
-        gradients = torch.autograd.grad(path.sin().sum(), leaves, allow_unused=True, retain_graph=True)
-        results.append([path, *(g for g in gradients if g is not None)])
-    assert results[0][0].shape == (2, 5, 9, 2) and (results[0][0].abs() == 3.0).any()
-    assert len(results[0]) == len(results[1])
-    for one, other in zip(*results, strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-10)
-
-
-def test_windows_lie_where_trials_have_data():
-    recs = pm.simulate.limit_cycles([3.0, 5.0], num_trials=6, num_steps=40, num_neurons=8, seed=1)
-    model = pm.models.MetaSSM(recs, latent_dim=2, embedding_dim=1, hidden_dim=4)
-    w = torch.arange(40.0).expand(2, 6, 40).unsqueeze(-1).repeat(1, 1, 1, 2)
-    bins = torch.ones(2, 6, 40, dtype=torch.bool)
-    bins[:, :3, 25:] = False  # short trials
-    bins[:, 0] = False  # an empty one
-    bins[:, 4, 5] = False  # a missing bin
-    stage = warm_start.DynamicsFirst(model, pm.guides.DKF(model, hidden_dim=4), w, bins)
-    rng = torch.Generator().manual_seed(0)
-    for length in (1, 10, 24):
-        targets, weight = stage.draw_windows(length, rng)
-        assert targets.shape == (2, stage.windows, length + 1, 2) and weight.shape == targets.shape[:-1]
-        assert torch.equal(targets[..., 1:, 0] - targets[..., :-1, 0], torch.ones_like(targets[..., 1:, 0]))
-        # But for the missing bin all are there: one of a window's bins at most.
-        assert (weight.sum(-1) >= length).all()
-
-
-@pytest.mark.parametrize("family", ["Gaussian", "Poisson", "NegativeBinomial"])
-def test_read_outs_come_close_to_the_best_given_the_states(family):
-    """Against five times the steps: what is left is far below what SVI moves in its first steps."""
-    noise = "gaussian" if family == "Gaussian" else "poisson"
-    recs = pm.simulate.limit_cycles([3.0, 5.0], noise=noise, num_trials=40, num_neurons=(10, 15), seed=2)
-    z = torch.tensor(np.stack([recs.truth[n]["latents"].values for n in recs.names])).float()
-    likelihood = getattr(pm.likelihoods, family)
-    losses = []
-    for more in ({}, {"num_steps": 400}):
-        model = pm.models.MetaSSM(recs, latent_dim=2, embedding_dim=1, likelihood=likelihood)
-        batch = recs.batch(model.names)
-        warm_start._fit_read_outs(model, z, batch, torch.Generator().manual_seed(0), **more)
-        with torch.no_grad():
-            y = model.likelihood(model.read_out(z, batch.recording, batch.width), batch.recording)
-            losses.append(float(-(y.log_prob(batch.observations) * batch.mask).sum() / batch.mask.sum()))
-    assert losses[0] - losses[1] < 1e-3
+@pytest.mark.parametrize("shape", [(1, 1), (1, 2), (3, 1)])
+def test_the_smallest_recordings_start(shape):
+    """One trial, one or two bins: nothing to learn, and nothing that is not a number."""
+    rng = np.random.default_rng(0)
+    recs = pm.Recordings([pm.Recording(n, rng.normal(size=(*shape, 3)), bin_width=0.02) for n in "ab"])
+    model, guide, *_ = parts(recs)
+    fit = pm.fit(model, guide, recs, num_steps=2, warm_start_steps=2, progress=False)
+    for module in (fit.model, fit.guide):
+        assert all(value.isfinite().all() for value in module.state_dict().values())
 
 
 def test_the_start_alone_forecasts_and_beats_a_random_start():

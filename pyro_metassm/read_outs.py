@@ -1,0 +1,150 @@
+"""Read-outs given the states: a regression in the model's own family, and what one recording's say of another's."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from pyro_metassm.optimizers import adam, one_cycle
+from pyro_metassm.recordings import Batch
+
+ELEMENTS = 500_000  # observations a step of the regression
+
+
+@dataclass(frozen=True)
+class ReadOutPrior:
+    """An empirical prior of a neuron's read-out, ``(c_n, d_n) ~ Normal(mean, covariance)``, from fitted recordings.
+
+    Attributes:
+        mean: ``(latent_dim + 1,)``; zero for the weights, since the sign of a neuron's tuning is arbitrary.
+        covariance: ``(latent_dim + 1, latent_dim + 1)``.
+        concentration: neurons that a recording's second moment of read-outs is worth, given how much these differ
+            between recordings; infinite where they differ as little as samples of ``N`` neurons do.
+        shift_mean, shift_covariance: ``(latent_dim,)`` and ``(latent_dim, latent_dim)`` over the recordings of the
+            common shift ``s_i`` in ``d_n = c_n s_i + rest``: where in the latent space a recording lies.
+    """
+
+    mean: Tensor
+    covariance: Tensor
+    concentration: float
+    shift_mean: Tensor
+    shift_covariance: Tensor
+
+    @classmethod
+    @torch.no_grad()
+    def of(cls, model, names: Sequence[str] | None = None) -> ReadOutPrior:
+        """From the read-outs of a fitted model's recordings: these, or all."""
+        table = torch.cat([model.read_out.weight, model.read_out.bias.unsqueeze(-1)], -1)
+        parts = [table[model.neurons.slice(name)] for name in names or model.neurons.names]
+        rows = torch.cat(parts)
+        mean = rows.mean(0)
+        mean[:-1] = 0.0
+        covariance = (rows - mean).mT @ (rows - mean) / len(rows)
+        covariance.diagonal().add_(1e-4 * covariance.diagonal().mean())
+        white = torch.linalg.cholesky(covariance[:-1, :-1])
+        differences, sampling = [], []
+        for part in parts:
+            own = torch.linalg.solve_triangular(white, part[:, :-1].mT, upper=False).mT
+            differences.append(((own.mT @ own).diagonal() / len(own) - 1).square().mean())
+            sampling.append(2 / len(own))
+        # Second moments of n normal rows vary by 2 / n.
+        excess = float(torch.stack(differences).mean()) - sum(sampling) / len(sampling)
+        concentration = 2 / excess if excess > 0 else float("inf")
+        shifts = common_shift(second_moments(parts))
+        spread = (shifts - shifts.mean(0)).mT @ (shifts - shifts.mean(0)) / len(shifts)
+        spread.diagonal().add_(0.01)  # as far as latents of unit variance may be off anyway
+        return cls(mean, covariance, concentration, shifts.mean(0), spread)
+
+    def log_prob(self, rows: Tensor) -> Tensor:
+        """Of read-outs ``(..., latent_dim + 1)``, up to a constant."""
+        error = rows - self.mean
+        return -0.5 * (error @ torch.linalg.inv(self.covariance) * error).sum(-1)
+
+
+def rows_of(model, batch: Batch) -> list[Tensor]:
+    """The read-outs ``(N_i, latent_dim + 1)`` of a batch's recordings."""
+    rows = torch.cat([model.read_out.weight, model.read_out.bias.unsqueeze(-1)], -1)
+    return [rows[model.neurons.slice(name)] for name in batch.names]
+
+
+def second_moments(rows: list[Tensor]) -> Tensor:
+    """Mean over the neurons of every recording of the outer products of their rows, ``(R, d, d)``."""
+    return torch.stack([r.mT @ r / len(r) for r in rows])
+
+
+def common_shift(moments: Tensor) -> Tensor:
+    """``s (..., d)`` of least squares in ``d_n = c_n s + rest``, from second moments of rows ``(c_n, d_n)``."""
+    gram = moments[..., :-1, :-1]
+    ridge = 1e-4 * gram.diagonal(dim1=-2, dim2=-1).mean(-1)[..., None, None].clamp(min=1e-12)
+    gram = gram + ridge * torch.eye(gram.shape[-1]).to(gram)
+    return torch.linalg.solve(gram, moments[..., :-1, -1:]).squeeze(-1)
+
+
+def fit_read_outs(
+    model,
+    z: Tensor,
+    batch: Batch,
+    rng: torch.Generator,
+    *,
+    num_steps: int = 80,
+    prior: ReadOutPrior | None = None,
+    afresh: bool = True,
+) -> None:
+    """Maximise the model's own likelihood of every neuron given the states, in place.
+
+    Args:
+        model: whose ``read_out`` and ``observation`` are fitted.
+        z: states ``(R, K, T, latent_dim)``.
+        batch: what was observed then.
+        rng: of the trials drawn where there are many observations.
+        num_steps: steps of Adam after a start by least squares (by the mean counts).
+        prior: added to the likelihood.
+        afresh: False goes on from the read-outs as they are.
+    """
+    if afresh:
+        with torch.no_grad():
+            _start(model, z, batch, prior)
+    parameters = [*model.read_out.parameters(), *model.observation.parameters()]
+    # A short memory of the gradients' scale: they shrink by orders of magnitude as the noise is found.
+    optimizer = adam(parameters, lr=0.1, betas=(0.8, 0.99))
+    schedule = one_cycle(optimizer, num_steps)
+    trials = max(1, min(z.shape[1], ELEMENTS // batch.observations[:, 0].numel()))
+    for _ in range(num_steps):
+        rows = slice(None) if trials == z.shape[1] else torch.randperm(z.shape[1], generator=rng)[:trials]
+        y = model.likelihood(model.read_out(z[:, rows], batch.recording, batch.width), batch.recording)
+        mask = batch.mask[:, rows] if not y.event_shape else batch.mask[:, rows].any(-1)
+        total = (y.log_prob(batch.observations[:, rows]) * mask).sum()
+        if prior is not None:
+            share = trials / z.shape[1]
+            total = total + share * torch.cat([prior.log_prob(r) for r in rows_of(model, batch)]).sum()
+        loss = -total / mask.sum().clamp(min=1)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+
+
+def _start(model, z: Tensor, batch: Batch, prior: ReadOutPrior | None) -> None:
+    read_out = model.read_out
+    for r, name in enumerate(batch.names):
+        rows = read_out.neurons.slice(name)
+        width = batch.num_neurons[r]
+        seen = batch.mask[r, ..., :width].any(-1)
+        y = batch.observations[r, ..., :width][seen]
+        if (y >= 0).all() and (y == y.round()).all():  # counts: about the link's scale
+            read_out.weight[rows] = 0.0
+            read_out.bias[rows] = (y.mean(0) + 0.5 / len(y)).log()
+            continue
+        design = torch.cat([z[r], torch.ones_like(z[r][..., :1])], -1)[seen]
+        gram, moment = design.mT @ design, design.mT @ y
+        gram.diagonal().add_(1e-4 * gram.diagonal().mean())
+        if prior is not None:  # at the noise that is left without it
+            residual = y - design @ torch.linalg.solve(gram, moment)
+            precision = torch.linalg.inv(prior.covariance) * residual.square().mean()
+            gram, moment = gram + precision, moment + (precision @ prior.mean).unsqueeze(-1)
+        solution = torch.linalg.solve(gram, moment)
+        read_out.weight[rows] = solution[:-1].mT
+        read_out.bias[rows] = solution[-1]
