@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import importlib.metadata
-import inspect
 import json
 import math
 import os
@@ -29,6 +28,7 @@ from pyro_metassm import _checks as checks
 from pyro_metassm import guides, likelihoods, models
 from pyro_metassm.guides import encoders
 from pyro_metassm.neurons import NeuronTable
+from pyro_metassm.rebuilding import build, check_config
 from pyro_metassm.result import Fit
 
 FORMAT = 1
@@ -71,7 +71,7 @@ def save(fit: Fit, path: str | os.PathLike[str]) -> None:
     """
     neurons = fit.model.neurons
     for what, module in (("model", fit.model), ("guide", fit.guide)):
-        _check_config(what, module)
+        check_config(what, module)
     tensors = {f"model.{key}": value for key, value in fit.model.state_dict().items()}
     tensors |= {f"guide.{key}": value for key, value in fit.guide.state_dict().items()}
     # Built anew once, so that a fit that could not be loaded is noticed while it is still there.
@@ -208,43 +208,9 @@ def _history(entry: dict, file: Any, custom: Mapping[str, type]) -> xr.Dataset:
 
 
 def _build(names, num_neurons, specifications, budget: int | None = None) -> tuple[Any, Any]:
-    """Model and guide anew from their classes and configurations; the random state is left as it was."""
-    with torch.random.fork_rng(devices=[]), _Budget(budget):
-        neurons = NeuronTable(names, num_neurons)
-        model = _construct(specifications[0], neurons)
-        return model, _construct(specifications[1], model)
-
-
-def _construct(specification: tuple[type, dict], first: Any) -> nn.Module:
-    cls, config = specification
-    if not (isinstance(cls, type) and issubclass(cls, nn.Module) and isinstance(config, dict)):
-        raise ValueError(f"needed a module and its configuration, got {cls!r} and {config!r}")
-    known, takes_any = _parameters(cls)
-    # A subclass that fixes an argument of its base no longer takes it, while the base still records it.
-    arguments = {key: value for key, value in config.items() if takes_any or key in known}
-    try:
-        return cls(first, **arguments)
-    except Exception as error:
-        raise ValueError(
-            f"{cls.__name__} cannot be built from its configuration {arguments}: {error}; its constructor takes "
-            "a table of neurons (or the model) first, and self.config holds its other arguments"
-        ) from error
-
-
-def _parameters(cls: type) -> tuple[list[str], bool]:
-    """Names of a constructor's arguments after the first, and whether it takes any others."""
-    parameters = list(inspect.signature(cls).parameters.values())
-    named = [p.name for p in parameters[1:] if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)]
-    return named, any(p.kind is p.VAR_KEYWORD for p in parameters)
-
-
-def _check_config(what: str, module: Any) -> None:
-    lacking = [name for name in _parameters(type(module))[0] if name not in module.config]
-    if lacking:
-        raise ValueError(
-            f"{what}.config: needed every argument of {type(module).__name__}'s constructor to build it again, "
-            f"got no {', '.join(lacking)}; add them there (self.config |= {{...}}), or now to fit.{what}.config"
-        )
+    """As :func:`pyro_metassm.rebuilding.build`, within a budget of numbers."""
+    with _Budget(budget):
+        return build(specifications, NeuronTable(names, num_neurons))
 
 
 def _match(claimed: dict[str, tuple], model: nn.Module, guide: nn.Module, dtype: torch.dtype) -> None:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import copy
 import math
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pyro
 import torch
-from torch import nn
+from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from pyro_metassm import _checks as checks
@@ -109,6 +110,8 @@ def fit(
             "fit: needed a positive learning_rate and clip_norm and an update_penalty of at least 0, "
             f"got {learning_rate}, {clip_norm} and {update_penalty}"
         )
+    if not isinstance(guide, AmortizedGuide):
+        raise ValueError(f"fit: needed an AmortizedGuide such as guides.DKF, got {type(guide).__name__}")
     for recording in (*recs.values(), *(validation.values() if validation is not None else ())):
         model.neurons.check([recording.name], [recording.num_neurons])
         model.observation.check(recording)
@@ -173,7 +176,13 @@ class Trainer:
     """The state of a fit between two steps, and how it takes one."""
 
     def __init__(
-        self, model: MetaSSM, guide: AmortizedGuide, recs: Recordings, options: Options, device: torch.device
+        self,
+        model: MetaSSM,
+        guide: AmortizedGuide,
+        recs: Recordings,
+        options: Options,
+        device: torch.device,
+        others: Sequence[nn.Parameter] = (),
     ):
         self.model, self.guide, self.recs, self.options, self.device = model, guide, recs, options, device
         self.rng = np.random.default_rng(options.seed)
@@ -182,12 +191,13 @@ class Trainer:
         self.history = History()
         self.settle_every = 1 if device.type == "cpu" else SETTLE
         self.seconds = {"warm_start": 0.0, "svi": 0.0}
-        dynamics = list(model.dynamics.parameters())
-        slow = {id(p) for p in dynamics}
-        rest = [p for p in (*model.parameters(), *guide.parameters()) if id(p) not in slow]
+        every = [p for p in (*model.parameters(), *guide.parameters(), *others) if p.requires_grad]
+        slow = {id(p) for p in model.dynamics.parameters()}
+        dynamics = [p for p in every if id(p) in slow]
+        rest = [p for p in every if id(p) not in slow]
         # What the start has learned of the dynamics is better than what early SVI steps would make of it.
         rates = [options.learning_rate * (SLOW if options.warm_start else 1.0), options.learning_rate]
-        groups = [{"params": p, "lr": r} for p, r in zip((dynamics, rest), rates, strict=True)]
+        groups = [{"params": p, "lr": r} for p, r in zip((dynamics, rest), rates, strict=True) if p]
         self.optimizer = adam(groups, betas=(0.9, 0.99))
         self.schedule = one_cycle(self.optimizer, options.num_steps)
         self.parameters = [*dynamics, *rest]
@@ -246,12 +256,9 @@ class Trainer:
             self.recs, self.options.trials_per_step, self.rng, self.options.recordings_per_step
         )
         with pyro.validation_enabled(False):
-            terms = self.elbo.terms(self.model, self.guide, self.batch(names=names, trials=trials))
-        loss = -terms.elbo / self.scale
-        if self.options.update_penalty:
-            dynamics = self.model.adapt_dynamics(terms.embedding)
-            if hasattr(dynamics, "update_norm"):
-                loss = loss + self.options.update_penalty * dynamics.update_norm()
+            batch = self.batch(names=names, trials=trials)
+            terms = self.elbo.terms(self.model, self.guide, batch)
+        loss = self.penalty(terms, batch) - terms.elbo / self.scale
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         norm = nn.utils.clip_grad_norm_(self.parameters, self.options.clip_norm)
@@ -268,6 +275,14 @@ class Trainer:
         seconds = time.perf_counter() - begin
         self.seconds["svi"] += seconds
         self.history.record(self.step, learning_rate=rate, seconds=seconds)
+
+    def penalty(self, terms, batch: Batch) -> Tensor | float:
+        """What is minimised besides the negative ELBO per observed number."""
+        if self.options.update_penalty:
+            dynamics = self.model.dynamics_of(terms.embedding, batch.recording)
+            if hasattr(dynamics, "update_norm"):
+                return self.options.update_penalty * dynamics.update_norm()
+        return 0.0
 
     def settle(self) -> None:
         """Fetch the numbers of the last steps, and stop at the last good state if one is not finite."""
@@ -307,7 +322,14 @@ class Trainer:
         statistics = embedding_statistics(self.model, self.guide, self.recs)
         attrs = {f"{k}_seconds": v for k, v in self.seconds.items()} | {"num_observed": self.scale}
         attrs |= {} if self.validated is None else {"num_observed_validation": self.validated}
-        return Fit(self.model, self.guide, self.history.dataset(**attrs), statistics, seed=self.options.seed)
+        return Fit(
+            self.model,
+            self.guide,
+            self.history.dataset(**attrs),
+            statistics,
+            seed=self.options.seed,
+            attrs={"bin_width": self.recs.bin_width},
+        )
 
 
 def _observed_numbers(recs: Recordings) -> float:

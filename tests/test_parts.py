@@ -14,7 +14,7 @@ import pyro_metassm as pm
 from pyro_metassm import blocks
 from pyro_metassm.dynamics import LowRankMLP
 from pyro_metassm.elbo import SequentialELBO
-from pyro_metassm.guides.encoders import EmbeddingEncoder, SetEncoder
+from pyro_metassm.guides.encoders import EmbeddingEncoder, SetEncoder, smooth
 from pyro_metassm.models import LinearGaussian, MetaSSM
 from pyro_metassm.neurons import NeuronTable, ReadIn, ReadOut
 from pyro_metassm.products import linear_by_recording
@@ -179,6 +179,20 @@ def test_recordings_that_the_model_does_not_know_are_refused(name, neurons, word
     for call in calls:
         with pytest.raises(ValueError, match=rf"recording '{name}'.*{words}"):
             call()
+
+
+def test_smoothing_is_a_weighted_mean_and_can_leave_a_bin_out():
+    x = torch.randn(1, 1, 9, 1)
+    weight = torch.ones_like(x)
+    weight[..., 4, :] = 0.0
+    lag = torch.arange(9.0) - 4.0
+    kernel = torch.exp(-0.5 * (lag / 1.5) ** 2)
+    expected = (kernel * weight.flatten() * x.flatten()).sum() / (kernel * weight.flatten()).sum()
+    assert torch.allclose(smooth(x, weight, 1.5)[0, 0, 4, 0], expected, atol=1e-6)
+    assert torch.equal(smooth(x, weight, 0.0), x)
+    spike = torch.zeros_like(x)
+    spike[..., 4, :] = 1.0
+    assert smooth(spike, torch.ones_like(x), 1.5, leave_out=True)[0, 0, 4, 0] == 0.0
 
 
 @pytest.mark.parametrize("kind", concrete(pm.guides.encoders, EmbeddingEncoder))

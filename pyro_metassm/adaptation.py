@@ -1,0 +1,263 @@
+"""Few-shot adaptation: a fitted family of dynamics meets new recordings (paper, section 4)."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import time
+from collections.abc import Collection, Sequence
+
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from pyro_metassm import _checks as checks
+from pyro_metassm import _machine as machine
+from pyro_metassm import few_shot
+from pyro_metassm.frames import canonical_frames
+from pyro_metassm.guides.base import AmortizedGuide
+from pyro_metassm.neurons import NeuronTable
+from pyro_metassm.read_outs import ReadOutPrior, fit_read_outs, rows_of, second_moments
+from pyro_metassm.rebuilding import for_recordings, joined, tables
+from pyro_metassm.recordings import Batch, Recordings
+from pyro_metassm.result import Fit, embedding_statistics
+from pyro_metassm.training import Options, Trainer
+from pyro_metassm.warm_start import natural_frames, write_read_in, write_read_outs
+
+PARTS = ("read_in", "read_out", "embedding")
+
+
+def adapt(
+    fit: Fit,
+    new: Recordings,
+    *,
+    num_steps: int = 50,
+    train: Collection[str] = ("read_in", "read_out"),
+    num_starts: int = 1024,
+    search_steps: int = 300,
+    trials_per_step: int | None = 32,
+    learning_rate: float = 3e-3,
+    seed: int = 0,
+    num_threads: int | None = None,
+    progress: bool = True,
+) -> Fit:
+    r"""Let a fit know new recordings from a few of their trials; everything that recordings share stays as it is.
+
+    Only the read-in and the read-out of the new recordings are trained, and their embeddings are inferred by the frozen
+    encoder (paper, section 4). (1) The start: a canonical frame from the data; the affine map from it to the fit's
+    latents is searched for from many starts that the model itself draws, by roll-outs of the frozen dynamics, with the
+    read-outs of the known recordings as a prior (:mod:`pyro_metassm.few_shot`). (2) The read-outs: a regression with
+    that prior. (3) ``num_steps`` of SVI.
+
+    One trial suffices to start; whether it says enough is in ``attrs["adaptation"]`` of the result: for every recording
+    ``rollout_error`` (mean squared error of roll-outs of up to 25 bins, in variances of the recording's latents: near
+    the known recordings' where the family fits, near 1 or above where it does not) and ``embedding_spread`` (sd of the
+    embeddings of the likely starts, by dimension: near 0 where the trials decide).
+
+    Args:
+        fit: of :func:`pyro_metassm.fit`.
+        new: recordings that the fit does not know: the trials to adapt from.
+        num_steps: steps of SVI.
+        train: parts of the new recordings to train, of "read_in" (what the guide keeps of a recording or its neurons),
+            "read_out" (what the model keeps of them, noise included) and "embedding". Without the first two these stay
+            as the data alone suggest; with "embedding" the posterior of the embedding is free instead of inferred by
+            the encoder.
+        num_starts: frames to search from.
+        search_steps: gradient steps of the search.
+        trials_per_step: trials of each recording and step of SVI; None for all.
+        learning_rate: peak of the cycle of SVI.
+        seed: of everything random.
+        num_threads: threads to use; None takes PyTorch's present number.
+        progress: show a progress bar.
+
+    Returns:
+        a fit that knows the old and the new recordings; the old ones' part is bit-equal to ``fit``'s, and ``history``
+        is that of the adaptation.
+
+    Raises:
+        ValueError: recordings that the fit knows already, whose bin width is another one or that its likelihood cannot
+            have produced; parts that are not there; a model without shared dynamics; a guide that is not amortised.
+        NonFiniteLossError: naming step and recording; ``error.fit`` is the last good state.
+
+    Example:
+        >>> import pyro_metassm as pm
+        >>> recs = pm.simulate.limit_cycles([2.5, 5.0, 4.0], num_trials=8, num_steps=20)
+        >>> old = recs.drop(["w=4"])
+        >>> model = pm.models.MetaSSM(old, latent_dim=2, embedding_dim=1)
+        >>> fit = pm.fit(model, pm.guides.DKF(model), old, num_steps=5, warm_start_steps=5, progress=False)
+        >>> new = recs.select(["w=4"]).take_trials(2)
+        >>> adapted = pm.adapt(fit, new, num_steps=5, num_starts=8, search_steps=6, progress=False)
+        >>> adapted.names
+        ('w=2.5', 'w=5', 'w=4')
+    """
+    checks.integers(0, num_steps=num_steps, search_steps=search_steps)
+    checks.integers(1, num_starts=num_starts)
+    parts = _check(fit, new, train, learning_rate)
+    began = time.perf_counter()
+    model, guide = for_recordings(fit.model, fit.guide, NeuronTable.of(new))
+    generators = [fit.device] if fit.device.type == "cuda" else []
+    with (
+        machine.threads(num_threads or torch.get_num_threads()),
+        machine.memory_kept(),
+        torch.random.fork_rng(generators),
+        tqdm(total=search_steps + num_steps, disable=not progress, desc="adapt", dynamic_ncols=True) as bar,
+    ):
+        torch.manual_seed(seed)
+        with torch.no_grad():
+            model.observation.start(new)
+            guide.read_in.started.fill_(False)
+            guide.read_in.start(new)
+        model.eval().requires_grad_(False), guide.eval().requires_grad_(False)
+        prior = ReadOutPrior.of(
+            fit.model, [name for name, row in zip(fit.names, _trained(fit), strict=True) if row]
+        )
+        report = _start(fit, model, guide, new, prior, parts, num_starts, search_steps, seed, bar)
+        options = Options(num_steps, trials_per_step, None, learning_rate, False, 0, 1.0, 0.0, seed)
+        trainer = Adapter(fit, model, guide, new, prior, options, parts, report)
+        trainer.seconds["search"] = time.perf_counter() - began
+        while trainer.step < num_steps:
+            trainer.take_step()
+            bar.update()
+        trainer.settle()
+        return trainer.result()
+
+
+def _check(fit: Fit, new: Recordings, train: Collection[str], learning_rate: float) -> tuple[str, ...]:
+    parts = (train,) if isinstance(train, str) else tuple(train)
+    if not parts or not set(parts) <= set(PARTS):
+        raise ValueError(f"train: needed some of {', '.join(PARTS)}, got {parts}")
+    if not 0 < learning_rate < math.inf:
+        raise ValueError(f"learning_rate: needed a positive number, got {learning_rate!r}")
+    if not isinstance(new, Recordings):
+        raise ValueError(f"new: needed pm.Recordings([...]), got {type(new).__name__}")
+    if not isinstance(fit.guide, AmortizedGuide):
+        raise ValueError(
+            f"fit.guide: needed an AmortizedGuide such as guides.DKF, got {type(fit.guide).__name__}, which has no "
+            "read-in to start and no encoder to infer embeddings"
+        )
+    with torch.no_grad():  # a model that shares nothing says so
+        fit.model.adapt_dynamics(fit.statistics.new_zeros(1, 1, fit.model.embedding_dim))
+    for recording in new.values():
+        if recording.name in fit.names:
+            raise checks.fail(
+                recording.name, "a recording that the fit does not know", "one that it knows", "rename it"
+            )
+        fit.model.observation.check(recording)
+    known = fit.attrs.get("bin_width")
+    if known is not None and abs(new.bin_width - known) > 1e-6 * known:
+        raise ValueError(
+            f"adapt: needed recordings in the fit's bins of {known} s, got bins of {new.bin_width} s; bin them anew"
+        )
+    return parts
+
+
+def _trained(fit: Fit) -> Tensor:
+    """Which recordings were trained on, ``(recording,)`` bool."""
+    return fit.statistics.isfinite().all(-1)
+
+
+def _start(fit, model, guide, new, prior, parts, num_starts, search_steps, seed, bar) -> dict:
+    """Read-ins and read-outs of the new recordings from the data; what is known of how well they fit."""
+    rng = torch.Generator().manual_seed(seed)
+    batch = new.batch(model.names, dtype=fit.dtype, device=fit.device)
+    bins = (batch.mask & batch.held_in[:, None, None, :]).any(-1)
+    frames = canonical_frames(
+        guide.read_in.features(batch), bins, model.latent_dim, smoothing=float(guide.smoothing)
+    )
+    _requires_grad(model, tables(model, guide)[0])
+    fit_read_outs(model, frames.coordinates, batch, rng)
+    rows = [r.detach() for r in rows_of(model, batch)]
+    report: dict = {}
+    if {"read_in", "read_out"} & set(parts):
+        known = fit.statistics[_trained(fit)][:, : model.embedding_dim]
+        found = few_shot.search(
+            model,
+            guide,
+            frames,
+            bins,
+            rows,
+            batch.recording,
+            prior=prior,
+            embeddings=known,
+            num_starts=num_starts,
+            num_steps=search_steps,
+            rng=rng,
+            on_step=lambda error: bar.update(),
+        )
+        frame, offset = found.frame, found.offset
+        for r, name in enumerate(batch.names):
+            error, spread = float(found.error[r]), found.embedding_spread[r].tolist()
+            report[name] = {"rollout_error": error, "embedding_spread": spread}
+    else:
+        frame, _ = natural_frames(second_moments([r[:, :-1] for r in rows]))
+        offset = frame.new_zeros(frame.shape[:-1])
+    write_read_in(guide, frames, frame, offset, batch)
+    write_read_outs(model, frame, offset, batch)
+    with torch.no_grad():
+        _, z, _ = guide.common_space(batch)
+    fit_read_outs(model, z, batch, rng, num_steps=40, prior=prior, afresh=False)
+    model.requires_grad_(False)
+    return report
+
+
+def _requires_grad(module: nn.Module, names: Collection[str]) -> None:
+    for name, parameter in module.named_parameters():
+        parameter.requires_grad_(name in names)
+
+
+class Adapter(Trainer):
+    """SVI of what belongs to new recordings, under the prior of read-outs; what is shared is frozen."""
+
+    def __init__(
+        self,
+        fit: Fit,
+        model,
+        guide,
+        recs: Recordings,
+        prior: ReadOutPrior,
+        options: Options,
+        parts: Sequence[str],
+        report: dict,
+    ):
+        self.embedding: list[nn.Parameter] = []
+        if "embedding" in parts:
+            loc, variance = embedding_statistics(model, guide, recs).chunk(2, -1)
+            self.embedding = [nn.Parameter(loc.clone()), nn.Parameter(variance.log())]
+        for module, part, own in zip(
+            (model, guide), ("read_out", "read_in"), tables(model, guide), strict=True
+        ):
+            _requires_grad(module, own if part in parts else ())
+        super().__init__(model, guide, recs, options, fit.device, self.embedding)
+        self.fit, self.prior, self.report = fit, prior, report
+
+    def batch(self, recs: Recordings | None = None, **choice) -> Batch:
+        batch = super().batch(recs, **choice)
+        if not self.embedding:
+            return batch
+        loc, log_variance = self.embedding
+        free = torch.cat([loc, log_variance.exp()], -1)[batch.recording]
+        return dataclasses.replace(batch, embedding_statistics=free)
+
+    def penalty(self, terms, batch: Batch) -> Tensor | float:
+        return (
+            -torch.cat([self.prior.log_prob(rows) for rows in rows_of(self.model, batch)]).sum() / self.scale
+        )
+
+    def result(self) -> Fit:
+        """The fit of all recordings as it stands."""
+        if self.embedding:
+            loc, log_variance = self.embedding
+            statistics = torch.cat([loc, log_variance.exp()], -1).detach()
+        else:
+            statistics = embedding_statistics(self.model, self.guide, self.recs)
+        model, guide = joined((self.fit.model, self.fit.guide), (self.model, self.guide))
+        seconds = {f"{part}_seconds": self.seconds[part] for part in ("search", "svi")}
+        report = self.fit.attrs.get("adaptation", {}) | self.report
+        return Fit(
+            model.eval(),
+            guide.eval(),
+            self.history.dataset(**seconds, num_observed=self.scale),
+            torch.cat([self.fit.statistics, statistics]),
+            self.options.seed,
+            self.fit.attrs | {"adaptation": report},
+        )
