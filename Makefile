@@ -95,7 +95,7 @@ bench: venv
 	done
 
 clean:
-	rm -rf bench build dist demo *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	rm -rf bench build dist demo bifurcations* limit_cycles* harder* *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
 	find pyro_metassm models guides tests -name __pycache__ -prune -exec rm -rf {} +
 
 distclean: clean

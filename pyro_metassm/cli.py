@@ -1,4 +1,4 @@
-"""The command line: ``metassm demo``, ``fit``, ``forecast`` (also ``python -m pyro_metassm``)."""
+"""The command line: ``metassm demo``, ``fit``, ``forecast``, ``adapt``, ``experiment`` (``python -m pyro_metassm``)."""
 
 from __future__ import annotations
 
@@ -68,6 +68,57 @@ def _parser() -> argparse.ArgumentParser:
     forecast.add_argument("--num-samples", type=int, default=25)
     forecast.add_argument("--seed", type=int, default=0)
     forecast.set_defaults(command=_forecast)
+
+    adapt = commands.add_parser("adapt", help="adapt a saved fit to recordings that it does not know")
+    adapt.add_argument("run", help="folder that `metassm fit` or Fit.save wrote")
+    adapt.add_argument("new", nargs="+", metavar="FILE")
+    adapt.add_argument("--out", required=True, help="folder to write into")
+    adapt.add_argument(
+        "--trials", type=int, default=8, dest="num_trials", help="adapt from 1, 2, 4, ... of so many trials"
+    )
+    adapt.add_argument("--steps", type=int, default=100, dest="num_steps", help="steps of SVI")
+    adapt.add_argument(
+        "--train",
+        nargs="+",
+        choices=("read_in", "read_out", "embedding"),
+        default=("read_in", "read_out"),
+        help="parts of a new recording to train (default: read_in read_out)",
+    )
+    adapt.add_argument(
+        "--test-fraction", type=float, help="share of the trials to score on (default: the others, at most 128)"
+    )
+    adapt.add_argument(
+        "--context", type=int, help="bins given to forecasts (default: half of the usual trial)"
+    )
+    adapt.add_argument("--horizon", type=int, help="bins forecast (default: up to the usual trial's end)")
+    adapt.add_argument(
+        "--scratch-steps", type=int, default=300, help="steps of the model from scratch (0: without it)"
+    )
+    adapt.add_argument("--num-samples", type=int, default=25, help="posterior draws written")
+    adapt.add_argument("--save-trials", type=int, default=16, help="test trials of each recording written")
+    adapt.add_argument("--seed", type=int, default=0)
+    adapt.add_argument("--device", default="auto")
+    adapt.set_defaults(command=_adapt)
+
+    experiment = commands.add_parser("experiment", help="do a study of simulated recordings, or go on with it")
+    experiments = experiment.add_subparsers(required=True, metavar="NAME")
+    for name, text in (
+        ("bifurcations", "Duffing and Hopf oscillators: all methods, adapted to unseen ones from few trials"),
+        ("limit_cycles", "cycles of different speed, two recordings and twenty: ours and shared dynamics"),
+        ("harder", "counts, more noise, too many latents, chaos; the way from the paper's recipe to ours"),
+    ):
+        one = experiments.add_parser(name, help=text)
+        one.add_argument("--out", help=f"folder to write into (default: {name}, or {name}-small)")
+        one.add_argument("--seeds", type=int, nargs="+", default=[0], help="the tables are over all of them")
+        one.add_argument("--small", action="store_true", help="a small version of everything")
+        one.add_argument("--workers", type=int, default=1, help="processes at work, a thread each")
+        if name == "harder":
+            one.add_argument("--parts", nargs="+", help="default: all")
+        else:
+            one.add_argument("--methods", nargs="+", dest="names", metavar="METHOD", help="default: those of the study")
+        if name != "limit_cycles":
+            one.add_argument("--held-out-seed", type=int, default=1000, help="of the unseen recordings")
+        one.set_defaults(command=_experiment, name=name)
     return parser
 
 
@@ -92,7 +143,7 @@ def _fit(files, out: str, **options) -> None:
     from pyro_metassm.experiments import files as experiment
 
     numbers = experiment.run(files, out, **options)
-    for score in ("reconstruction_r2", "bits_per_spike", "forecast_bits_per_spike", "velocity_r2"):
+    for score in ("reconstruction_r2", "bits_per_spike", "forecast_bits_per_spike", "co_bps", "velocity_r2"):
         for name, value in numbers.get(score, {}).items():
             print(f"{score:26}{name:40}{value:>9.4f}")
     print(f"fitted in {numbers['seconds']['fit']:.0f} s; results and pictures in {out}/")
@@ -101,12 +152,30 @@ def _fit(files, out: str, **options) -> None:
 def _forecast(run: str, files, out: str, **options) -> None:
     from pathlib import Path
 
-    from pyro_metassm import io, saving
+    from pyro_metassm import io
     from pyro_metassm.experiments import report
+    from pyro_metassm.experiments.files import load_fit
     from pyro_metassm.posterior import forecast
     from pyro_metassm.recordings import Recordings
 
-    path = Path(run) / "fit" if (Path(run) / "fit").is_dir() else Path(run)
     recs = Recordings([io.read(file) for file in files])
-    report.write_tree(forecast(saving.load(path), recs, **options), Path(out))
+    report.write_tree(forecast(load_fit(run), recs, **options), Path(out))
     print(f"forecasts of {len(recs)} recordings in {out}")
+
+
+def _adapt(run: str, new, out: str, **options) -> None:
+    from pyro_metassm.experiments import adapting, adapting_report
+
+    numbers = adapting.run(run, new, out, **options)
+    print("\n".join(adapting_report.lines(numbers)))
+    seconds = numbers["seconds"]
+    beside = f", from scratch in {seconds['scratch']:.0f} s" if "scratch" in seconds else ""
+    print(f"adapted in {seconds['adapt']:.0f} s{beside}; results and pictures in {out}/")
+
+
+def _experiment(name: str, out: str | None, small: bool, **options) -> None:
+    import importlib
+    from functools import partial
+
+    run = importlib.import_module(f"pyro_metassm.experiments.{name}").run
+    run(out or (f"{name}-small" if small else name), small=small, say=partial(print, flush=True), **options)

@@ -7,12 +7,13 @@ from pathlib import Path
 
 import numpy as np
 
-from pyro_metassm import io, likelihoods, metrics
+from pyro_metassm import io, likelihoods, metrics, saving
 from pyro_metassm.experiments import report
 from pyro_metassm.guides import DKF
 from pyro_metassm.models import MetaSSM
 from pyro_metassm.posterior import forecast, posterior
 from pyro_metassm.recordings import Recordings
+from pyro_metassm.result import Fit
 from pyro_metassm.training import fit
 
 FAMILIES: dict[str, type[likelihoods.Likelihood]] = {
@@ -98,7 +99,9 @@ def run(
         ahead = forecast(result, shown, context=context, horizon=horizon, num_samples=num_samples, seed=seed)
         report.write_tree(ahead, out / "forecast.nc")
     with report.timed(seconds, "scores"):
-        numbers = _scores(result, train, test, family, context, horizon, num_samples, seed)
+        numbers = scores(
+            result, train, test, context=context, horizon=horizon, num_samples=num_samples, seed=seed
+        )
     numbers |= {
         "elbo": float(result.history["elbo"][-20:].mean()),
         "seed": seed,
@@ -116,22 +119,43 @@ def _family(recs: Recordings) -> type[likelihoods.Likelihood]:
     return likelihoods.Poisson if counts else likelihoods.Gaussian
 
 
-def _scores(result, train, test, family, context, horizon, num_samples, seed) -> dict:
+def load_fit(run: str | Path, device: str = "cpu") -> Fit:
+    """The fit in a folder that :func:`run` or ``Fit.save`` wrote."""
+    path = Path(run) / "fit" if (Path(run) / "fit").is_dir() else Path(run)
+    return saving.load(path, device=device)
+
+
+def scores(
+    result: Fit,
+    train: Recordings,
+    test: Recordings,
+    *,
+    context: int,
+    horizon: int,
+    num_samples: int,
+    seed: int,
+) -> dict:
+    """What a fit is worth on test trials: scores by name, ``forecast_r2`` by steps ahead, each by recording.
+
+    Counts are scored in bits per spike as well, held-out neurons and behaviour where there are any; the null model of
+    ``bits_per_spike`` and ``co_bps`` and the decoder of behaviour are made from ``train``.
+    """
+    draws = {"num_samples": num_samples, "seed": seed}
+    curve = metrics.forecast_r2(result, test, context=context, horizon=horizon, **draws)
+    steps = sorted({k for k in (1, 2, 5, 10, 20, 30, 50) if k < horizon} | {horizon})
     numbers: dict = {
-        "reconstruction_r2": report.by_recording(
-            metrics.reconstruction_r2(result, test, num_samples=num_samples, seed=seed)
-        )
+        "reconstruction_r2": report.by_recording(metrics.reconstruction_r2(result, test, **draws)),
+        "forecast_r2": {str(k): report.by_recording(curve.sel(horizon_step=k)) for k in steps},
     }
-    curve = metrics.forecast_r2(
-        result, test, context=context, horizon=horizon, num_samples=num_samples, seed=seed
-    )
-    steps = [k for k in (1, 2, 5, 10, 20, 30, 50) if k <= horizon]
-    numbers["forecast_r2"] = {str(k): report.by_recording(curve.sel(horizon_step=k)) for k in steps}
-    if family is not likelihoods.Gaussian:
-        bps = metrics.rate_bps(result, test, null=train, num_samples=num_samples, seed=seed)
+    if not isinstance(result.model.observation, likelihoods.Gaussian):
+        bps = metrics.rate_bps(result, test, null=train, **draws)
+        ahead = metrics.fp_bps(result, test, context=context, horizon=horizon, **draws)
         numbers["bits_per_spike"] = report.by_recording(bps)
-        ahead = metrics.fp_bps(result, test, context=context, num_samples=num_samples, seed=seed)
         numbers["forecast_bits_per_spike"] = report.by_recording(ahead)
+        held_out = [name for name, r in test.items() if r.held_out_neurons.any()]
+        if held_out:
+            co_smoothing = metrics.co_bps(result, test.select(held_out), null=train, **draws)
+            numbers["co_bps"] = report.by_recording(co_smoothing)
     moving = [
         n
         for n, r in test.items()
@@ -139,7 +163,7 @@ def _scores(result, train, test, family, context, horizon, num_samples, seed) ->
     ]
     if moving:  # the first two dims of the behaviour are the velocity, by the format of the files
         velocity = metrics.decoding_r2(
-            result, train.select(moving), test.select(moving), dims=(0, 1), num_samples=num_samples, seed=seed
+            result, train.select(moving), test.select(moving), dims=(0, 1), **draws
         )
         numbers["velocity_r2"] = report.by_recording(velocity)
     return numbers

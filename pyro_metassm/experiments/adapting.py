@@ -1,0 +1,210 @@
+"""New recordings in files meet a saved fit: from how many trials it adapts, and to what."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from pyro_metassm import _checks as checks
+from pyro_metassm import io, likelihoods
+from pyro_metassm.adaptation import adapt
+from pyro_metassm.experiments import adapting_report, files, report
+from pyro_metassm.posterior import forecast, posterior
+from pyro_metassm.rebuilding import construct
+from pyro_metassm.recordings import Recording, Recordings
+from pyro_metassm.result import Fit
+from pyro_metassm.training import NonFiniteLossError, fit
+
+MOST = 128  # test trials of a recording, where their number is not asked for
+START = 500  # steps of the warm start of a model from scratch
+
+
+def run(
+    run: str | Path,
+    new: Sequence[str | Path],
+    out: str | Path,
+    *,
+    num_trials: int = 8,
+    num_steps: int = 100,
+    train: Collection[str] = ("read_in", "read_out"),
+    test_fraction: float | None = None,
+    context: int | None = None,
+    horizon: int | None = None,
+    scratch_steps: int = 300,
+    num_samples: int = 25,
+    save_trials: int = 16,
+    seed: int = 0,
+    device: str = "auto",
+    progress: bool = True,
+) -> dict:
+    """Adapt a fit to recordings that it does not know from 1, 2, 4, ... of their trials, and write what was found.
+
+    Smaller numbers of trials are subsets of larger ones, and all are scored on the same test trials. Beside it, the
+    same model from scratch: of the same sizes, for one recording and with shared dynamics (rank 0), from the same
+    trials.
+
+    Args:
+        run: folder that ``metassm fit`` or ``Fit.save`` wrote.
+        new: ``.npz`` or netCDF files, one recording each.
+        out: folder to write into: ``fit/`` (adapted from ``num_trials``), ``adaptation.csv``, ``metrics.json``,
+            ``posterior.nc``, ``forecast.nc`` and pictures.
+        num_trials: trials of each recording to adapt from, at most; they also make the decoder and the null model of
+            the scores, whatever number the fit has seen.
+        num_steps, train: of :func:`pyro_metassm.adapt`.
+        test_fraction: share of each recording's trials to score on, the one that :func:`files.run` holds out with the
+            same seed; None: those that are not among the ``num_trials``, 128 of them at most.
+        context: bins given to forecasts; None: half of the usual length of a test trial (the shortest median).
+        horizon: bins forecast; None: up to the usual length.
+        scratch_steps: steps of SVI of the models from scratch, after a warm start; 0 leaves them out.
+        num_samples: posterior draws of scores and files.
+        save_trials: test trials of each recording whose draws are written (scores use all of them).
+        seed: of everything random.
+        device: "cpu", "cuda" or "auto".
+        progress: show progress bars.
+
+    Returns:
+        what ``metrics.json`` holds.
+
+    Raises:
+        ValueError: files that cannot be read; recordings that the fit knows, in other bins, with too few or too short
+            trials, or that its likelihood cannot have produced.
+    """
+    checks.integers(1, num_trials=num_trials, num_samples=num_samples, save_trials=save_trials)
+    checks.integers(0, scratch_steps=scratch_steps)
+    out = report.folder(out)
+    seconds: dict[str, float] = {}
+    with report.timed(seconds, "read"):
+        known = files.load_fit(run, device)
+        recs = Recordings([io.read(path) for path in new])
+        recs.summary()  # warns of what will hurt
+        for recording in recs.values():
+            known.model.observation.check(recording)  # the test trials as well
+        pool, test = _split(recs, num_trials, test_fraction, seed)
+        context, horizon = _window(test, context, horizon)
+    family = type(known.model.observation)
+    scored = {"context": context, "horizon": horizon, "num_samples": num_samples, "seed": seed}
+    scores: dict[str, dict] = {"adapted": {}, "scratch": {}}
+    found: dict[str, dict] = {name: {} for name in recs}
+    adapted = known
+    for number in numbers_of_trials(num_trials):
+        few = pool.take_trials(number, seed=seed)
+        with report.timed(seconds, "adapt"):
+            adapted = adapt(known, few, num_steps=num_steps, train=train, seed=seed, progress=progress)
+        for name, row in _embeddings(adapted, recs.names).items():
+            found[name][str(number)] = row | adapted.attrs["adaptation"].get(name, {})
+        with report.timed(seconds, "scores"):
+            scores["adapted"][str(number)] = files.scores(adapted, pool, test, **scored)
+        alone: list[dict] = []
+        for name in recs if scratch_steps else ():
+            one, its_pool, its_test = (part.select([name]) for part in (few, pool, test))
+            with report.timed(seconds, "scratch"):
+                single = from_scratch(known, one, num_steps=scratch_steps, seed=seed, progress=progress)
+            with report.timed(seconds, "scores"):
+                alone.append(files.scores(single, its_pool, its_test, **scored))
+        if alone:
+            scores["scratch"][str(number)] = _merged(alone)
+    prior = known.model.embedding_prior()
+    numbers = {
+        "score": "forecast_r2" if family is likelihoods.Gaussian else "forecast_bits_per_spike",
+        "scores": {method: by_number for method, by_number in scores.items() if by_number},
+        "embedding": found,
+        "embedding_known": _embeddings(known, known.names),
+        "embedding_prior": {"mean": prior.mean.tolist(), "sd": prior.stddev.tolist()},
+        "trials": {name: {"adapt": num_trials, "test": r.num_trials} for name, r in test.items()},
+        "likelihood": family.__name__,
+        **scored,
+    }
+    numbers["fits"] = {name: adapting_report.fits(numbers, name) for name in recs}
+    with report.timed(seconds, "write"):
+        adapted.save(out / "fit")
+        adapting_report.write_csv(numbers, out / "adaptation.csv")
+        shown = Recordings(
+            [r.take(np.flatnonzero(r.lengths >= context)[:save_trials]) for r in test.values()]
+        )
+        tree = posterior(adapted, shown, num_samples=num_samples, seed=seed)
+        ahead = forecast(adapted, shown, **scored)
+        report.write_tree(tree, out / "posterior.nc")
+        report.write_tree(ahead, out / "forecast.nc")
+        adapting_report.draw(numbers, tree, ahead, out)
+    return report.write_metrics(numbers | {"seconds": seconds}, out)
+
+
+def numbers_of_trials(most: int) -> list[int]:
+    """1, 2, 4, ... and ``most``."""
+    return sorted({2**power for power in range(most.bit_length())} | {most})
+
+
+def from_scratch(known: Fit, few: Recordings, *, num_steps: int, seed: int, progress: bool) -> Fit:
+    """A model and a guide of the classes and sizes of a fit, with rank 0, from one recording's trials alone."""
+    config = known.model.config
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = construct(type(known.model), config | ({"rank": 0} if "rank" in config else {}), few)
+        guide = construct(type(known.guide), known.guide.config, model)
+    options = {"num_steps": num_steps, "warm_start_steps": START, "seed": seed, "progress": progress}
+    try:
+        return fit(model, guide, few, device=known.device, **options)
+    except NonFiniteLossError as error:  # as little data as this may do it
+        return error.fit
+
+
+# ---- parts -----------------------------------------------------------------------------------------------
+
+
+def _split(recs: Recordings, num_trials: int, test_fraction: float | None, seed: int):
+    """The trials to adapt from, ``num_trials`` of each recording, and those to score on."""
+    pools, tests = [], []
+    for name, recording in recs.items():
+        trials = recording.num_trials
+        share = 1 - num_trials / trials if test_fraction is None else test_fraction
+        needed = f"more than the {num_trials} trials to adapt from, to score on the others"
+        if trials <= num_trials:
+            raise checks.fail(name, needed, f"{trials}", "adapt from fewer (--trials)")
+        pool, test = (part[name] for part in Recordings([recording]).split(share, seed=seed))
+        if pool.num_trials < num_trials:
+            needed = f"{num_trials} trials to adapt from beside {test.num_trials} to score on"
+            raise checks.fail(name, needed, f"{pool.num_trials}", "lower --trials or --test-fraction")
+        pools.append(pool)
+        tests.append(test if test_fraction is not None else _at_most(MOST, test, seed))
+    return Recordings(pools).take_trials(num_trials, seed=seed), Recordings(tests)
+
+
+def _at_most(number: int, recording: Recording, seed: int) -> Recording:
+    few = Recordings([recording]).take_trials(min(number, recording.num_trials), seed=seed)
+    return few[recording.name]
+
+
+def _window(test: Recordings, context: int | None, horizon: int | None) -> tuple[int, int]:
+    """Bins given and bins forecast, such that every recording has trials that reach their end."""
+    usual = min(int(np.median(r.lengths)) for r in test.values())
+    context = max(1, usual // 2) if context is None else context
+    horizon = max(1, usual - context) if horizon is None else horizon
+    checks.integers(1, context=context, horizon=horizon)
+    for name, recording in test.items():
+        longest = int(recording.lengths.max())
+        if longest < context + horizon:
+            needed = f"test trials of context + horizon = {context} + {horizon} bins"
+            raise checks.fail(name, needed, f"at most {longest}", "choose a shorter context or horizon")
+    return context, horizon
+
+
+def _embeddings(fit: Fit, names: Sequence[str]) -> dict[str, dict]:
+    """Mean and sd of the posterior of recordings' embeddings; those never seen are left out."""
+    known = [name for name in names if bool(fit.statistics[fit.names.index(name)].isfinite().all())]
+    rows = {name: fit.guide.embedding_posterior(fit.statistics[[fit.names.index(name)]]) for name in known}
+    return {
+        name: {"mean": q.mean.flatten().tolist(), "sd": q.stddev.flatten().tolist()}
+        for name, q in rows.items()
+    }
+
+
+def _merged(parts: Sequence[dict]) -> dict:
+    """One dict of dicts that have other recordings at their leaves."""
+    keys = dict.fromkeys(key for part in parts for key in part)
+    inner = {key: [part[key] for part in parts if key in part] for key in keys}
+    return {
+        key: _merged(values) if isinstance(values[0], dict) else values[0] for key, values in inner.items()
+    }
