@@ -91,8 +91,8 @@ def fit(
         The :class:`Fit`: trained copies, history, embeddings.
 
     Raises:
-        ValueError: recordings that the model does not know or its likelihood cannot have produced, a latent site
-            without a partner, arguments out of range.
+        ValueError: recordings that the model does not know or its likelihood cannot have produced, a guide that is not
+            amortised, a latent site without a partner, nothing to train, arguments out of range.
         NonFiniteLossError: naming step and recording; ``error.fit`` is the last good state.
 
     Example:
@@ -192,6 +192,10 @@ class Trainer:
         self.settle_every = 1 if device.type == "cpu" else SETTLE
         self.seconds = {"warm_start": 0.0, "svi": 0.0}
         every = [p for p in (*model.parameters(), *guide.parameters(), *others) if p.requires_grad]
+        if not every:
+            raise ValueError(
+                "fit: needed parameters to train, got a model and a guide of which none requires a gradient"
+            )
         slow = {id(p) for p in model.dynamics.parameters()}
         dynamics = [p for p in every if id(p) in slow]
         rest = [p for p in every if id(p) not in slow]

@@ -39,15 +39,18 @@ def test_the_readme(tmp_path, monkeypatch):
         (pm.io.write_npz if suffix == "npz" else pm.io.write_netcdf)(recording, f"monkey_{number}.{suffix}")
     quick = {"num_steps=400": "num_steps=2, warm_start_steps=2, progress=False"}
     quick["limit_cycles([2.5, 3.5, 5.0])"] = "limit_cycles([2.5, 3.5, 5.0], num_trials=8)"
+    quick["limit_cycles([4.2])"] = "limit_cycles([4.2], num_trials=40)"
+    quick["take_trials(8))"] = "take_trials(8), num_steps=2, num_starts=8, search_steps=6, progress=False)"
     namespace = {"spikes": rng.poisson(0.5, (12, 15, 5))}
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-    assert len(blocks) == 3
+    assert len(blocks) == 4
     for block in blocks:
         for long, short in quick.items():
             block = block.replace(long, short)
         exec(compile(block, "README.md", "exec"), namespace)
     assert namespace["score"].dims == ("recording", "horizon_step")
     assert pm.load("my_fit").names == namespace["fit"].names
+    assert namespace["adapted"].names == (*namespace["fit"].names, "w=4.2")
     edited = pm.fit(namespace["model"], pm.guides.DKF(namespace["model"]), namespace["recs"], num_steps=2,
                     warm_start_steps=2, progress=False)  # fmt: skip
     assert np.isfinite(edited.history["elbo"]).all()

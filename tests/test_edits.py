@@ -42,7 +42,10 @@ class EmbeddedStart(pm.models.MetaSSM):
         return dist.Normal(self.initial.loc + e.mean(-1, keepdim=True), self.initial.scale).to_event(1)
 
 
-@pytest.mark.parametrize("kind", [StudentPrior, MixturePrior, Overdispersed, HeavyTails, EmbeddedStart])
+EDITS = [StudentPrior, MixturePrior, Overdispersed, HeavyTails, EmbeddedStart]
+
+
+@pytest.mark.parametrize("kind", EDITS)
 @pytest.mark.parametrize("warm_start", [True, False])
 def test_edits_of_the_model_train(kind, warm_start):
     recs = recordings(counts=kind is Overdispersed)
@@ -52,4 +55,26 @@ def test_edits_of_the_model_train(kind, warm_start):
     fit = pm.fit(model, guide, recs, warm_start=warm_start, **(QUICK | {"num_steps": 20}))
     assert np.isfinite(fit.history["elbo"]).all() and len(fit.history["step"]) == 20
     tree = pm.forecast(fit, recs, context=2, horizon=3, num_samples=3)
+    assert np.isfinite(tree["b/predictions"]["rates"]).all()
+
+
+class AnyCallable(pm.models.MetaSSM):
+    """Its dynamics are a plain function."""
+
+    def adapt_dynamics(self, e):
+        turn = torch.tensor([[0.95, -0.2], [0.2, 0.95]])
+        return lambda z: z @ turn.to(z) + 0.1 * e.unsqueeze(-2).tanh()
+
+
+@pytest.mark.parametrize("kind", [*EDITS, AnyCallable])
+def test_edits_of_the_model_adapt(kind):
+    recs = recordings(counts=kind is Overdispersed)
+    torch.manual_seed(0)
+    model = kind(recs.drop(["b"]), latent_dim=2, embedding_dim=1, hidden_dim=8)
+    guide = pm.guides.DKF(model, hidden_dim=6)
+    fit = pm.fit(model, guide, recs.drop(["b"]), warm_start=False, **QUICK)
+    options = {"num_steps": 3, "num_starts": 5, "search_steps": 4, "progress": False}
+    adapted = pm.adapt(fit, recs.select(["b"]), train=("read_in", "read_out", "embedding"), **options)
+    assert np.isfinite(adapted.history["elbo"]).all() and adapted.statistics.isfinite().all()
+    tree = pm.forecast(adapted, recs, context=2, horizon=3, num_samples=3)
     assert np.isfinite(tree["b/predictions"]["rates"]).all()

@@ -262,6 +262,19 @@ def test_few_starts_and_steps(fit, num_starts, num_steps):
     assert num_starts > 1 or (found.embedding_spread == 0).all()
 
 
+def test_starts_that_lead_nowhere_do_no_harm(fit, monkeypatch):
+    recs, starts = family.recordings([1.4], num_trials=2, num_bins=30, prefix="new "), few_shot._starts
+
+    def broken(*arguments):
+        frame, offset = starts(*arguments)
+        frame[1], frame[4], offset[2] = torch.nan, 0.0, torch.inf
+        return frame, offset
+
+    monkeypatch.setattr(few_shot, "_starts", broken)
+    found, _ = found_by(fit, recs, num_starts=6, num_steps=8)
+    assert all(x.isfinite().all() for x in (found.frame, found.offset, found.error, found.embedding_spread))
+
+
 def test_without_two_bins_in_a_row_there_is_no_error_to_tell(fit):
     recs = family.recordings([1.4, 1.0], num_trials=2, num_bins=8, prefix="new ")
     alone = recs["new 1"].observations.copy()

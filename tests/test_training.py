@@ -11,7 +11,7 @@ from problems import recordings
 
 import pyro_metassm as pm
 from pyro_metassm.recordings import Recording, Recordings
-from pyro_metassm.training import Trainer
+from pyro_metassm.training import Options, Trainer
 
 
 @pytest.fixture(scope="module")
@@ -282,3 +282,55 @@ def test_every_number_of_steps_is_possible(recs, number):
     )
     assert fit.history.sizes.get("step", 0) == number
     assert all(v.isfinite().all() for v in state(fit.model, fit.guide).values())
+
+
+# ---- what is trained --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("warm_start", [True, False])
+def test_what_asks_for_no_gradient_stays(recs, warm_start):
+    model, guide = parts(recs)
+    model.dynamics.requires_grad_(False), guide.rnn.requires_grad_(False)
+    fit = pm.fit(model, guide, recs, **(QUICK | {"warm_start": warm_start}))
+    before, after = state(model, guide), state(fit.model, fit.guide)
+    same = {key for key in before if torch.equal(before[key], after[key])}
+    frozen = {key for key in before if key.startswith(("model.dynamics.", "guide.rnn."))}
+    assert frozen <= same and "model.read_out.weight" not in same and "guide.read_in.weight" not in same
+    flags = [
+        [p.requires_grad for m in pair for p in m.parameters()]
+        for pair in ((model, guide), (fit.model, fit.guide))
+    ]
+    assert flags[0] == flags[1]
+
+
+def test_a_fit_needs_something_to_train_and_an_amortised_guide(recs):
+    model, guide = parts(recs)
+    model.requires_grad_(False), guide.requires_grad_(False)
+    with pytest.raises(ValueError, match="needed parameters to train"):
+        pm.fit(model, guide, recs, **QUICK)
+    linear = pm.models.LinearGaussian(recs, latent_dim=2)
+    with pytest.raises(ValueError, match=r"needed an AmortizedGuide such as guides.DKF, got ExactSmoother"):
+        pm.fit(linear, pm.guides.ExactSmoother(linear), recs, **QUICK)
+
+
+def test_others_are_trained_along_and_the_penalty_is_on_the_updates(recs):
+    model, guide = parts(recs)
+    guide.read_in.start(recs)
+    other = torch.nn.Parameter(torch.zeros(3))
+    options = Options(4, None, None, 1e-2, False, 0, 1.0, 0.5, 0)
+
+    class Pulled(Trainer):
+        def penalty(self, terms, batch):
+            return super().penalty(terms, batch) + (other - 1.0).square().sum()
+
+    trainer = Pulled(model, guide, recs, options, torch.device("cpu"), [other])
+    trainer.take_step()
+    assert (other > 0).all() and any(p is other for p in trainer.parameters)
+    batch = trainer.batch()
+    with torch.no_grad():
+        terms = trainer.elbo.terms(model, guide, batch)
+        updates = model.dynamics.hypernetwork(terms.embedding)
+        norm = sum((u @ v.mT).square().sum((-1, -2)).mean() for u, v in updates)  # the matrices themselves
+        torch.testing.assert_close(Trainer.penalty(trainer, terms, batch), 0.5 * norm)
+        model.adapt_dynamics = lambda e: lambda z: z  # a plain function has no updates
+        assert Trainer.penalty(trainer, terms, batch) == 0.0

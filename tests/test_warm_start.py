@@ -159,11 +159,11 @@ def test_the_process_noise_is_told_from_the_noise_of_the_frame(sd):
     torch.testing.assert_close(model.initial.scale.detach(), first.std(0))
 
 
-@pytest.mark.parametrize("shape", [(1, 1), (1, 2), (3, 1)])
-def test_the_smallest_recordings_start(shape):
+@pytest.mark.parametrize(("shape", "names"), [((1, 1), "ab"), ((1, 2), "a"), ((3, 1), "a")])
+def test_the_smallest_recordings_start(shape, names):
     """One trial, one or two bins: nothing to learn, and nothing that is not a number."""
     rng = np.random.default_rng(0)
-    recs = pm.Recordings([pm.Recording(n, rng.normal(size=(*shape, 3)), bin_width=0.02) for n in "ab"])
+    recs = pm.Recordings([pm.Recording(n, rng.normal(size=(*shape, 3)), bin_width=0.02) for n in names])
     model, guide, *_ = parts(recs)
     fit = pm.fit(model, guide, recs, num_steps=2, warm_start_steps=2, progress=False)
     for module in (fit.model, fit.guide):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -85,7 +86,12 @@ def run(
         pool, test = _split(recs, num_trials, test_fraction, seed)
         context, horizon = _window(test, context, horizon)
     family = type(known.model.observation)
-    scored = {"context": context, "horizon": horizon, "num_samples": num_samples, "seed": seed}
+    scored: dict[str, Any] = {
+        "context": context,
+        "horizon": horizon,
+        "num_samples": num_samples,
+        "seed": seed,
+    }
     scores: dict[str, dict] = {"adapted": {}, "scratch": {}}
     found: dict[str, dict] = {name: {} for name in recs}
     adapted = known
@@ -144,7 +150,12 @@ def from_scratch(known: Fit, few: Recordings, *, num_steps: int, seed: int, prog
         torch.manual_seed(seed)
         model = construct(type(known.model), config | ({"rank": 0} if "rank" in config else {}), few)
         guide = construct(type(known.guide), known.guide.config, model)
-    options = {"num_steps": num_steps, "warm_start_steps": START, "seed": seed, "progress": progress}
+    options: dict[str, Any] = {
+        "num_steps": num_steps,
+        "warm_start_steps": START,
+        "seed": seed,
+        "progress": progress,
+    }
     try:
         return fit(model, guide, few, device=known.device, **options)
     except NonFiniteLossError as error:  # as little data as this may do it

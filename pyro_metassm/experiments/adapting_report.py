@@ -154,8 +154,9 @@ def _scores(ax: Axes, numbers: dict) -> None:
             if None not in values:
                 style = _style(row) | {"fillstyle": filling}
                 label = f"{name}, {'adapted' if method == 'adapted' else 'from scratch'}"
-                ax.plot(values, line, label=label, **style)
-                series.append((np.array(values, float), style))
+                y = np.array(values, float)
+                ax.plot(y, line, label=label, **style)
+                series.append((y, style))
     drawn = np.concatenate([y[np.isfinite(y)] for y, _ in series] or [np.zeros(0)])
     low, high = max(drawn.min(initial=1.0), WORST), max(drawn.max(initial=WORST), 0.0)
     margin = 0.06 * (high - low) + 1e-3

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -140,7 +141,7 @@ def scores(
     Counts are scored in bits per spike as well, held-out neurons and behaviour where there are any; the null model of
     ``bits_per_spike`` and ``co_bps`` and the decoder of behaviour are made from ``train``.
     """
-    draws = {"num_samples": num_samples, "seed": seed}
+    draws: dict[str, Any] = {"num_samples": num_samples, "seed": seed}
     curve = metrics.forecast_r2(result, test, context=context, horizon=horizon, **draws)
     steps = sorted({k for k in (1, 2, 5, 10, 20, 30, 50) if k < horizon} | {horizon})
     numbers: dict = {
