@@ -85,7 +85,9 @@ def _parser() -> argparse.ArgumentParser:
         help="parts of a new recording to train (default: read_in read_out)",
     )
     adapt.add_argument(
-        "--test-fraction", type=float, help="share of the trials to score on (default: the others, at most 128)"
+        "--test-fraction",
+        type=float,
+        help="share of the trials to score on (default: the others, at most 128)",
     )
     adapt.add_argument(
         "--context", type=int, help="bins given to forecasts (default: half of the usual trial)"
@@ -100,7 +102,9 @@ def _parser() -> argparse.ArgumentParser:
     adapt.add_argument("--device", default="auto")
     adapt.set_defaults(command=_adapt)
 
-    experiment = commands.add_parser("experiment", help="do a study of simulated recordings, or go on with it")
+    experiment = commands.add_parser(
+        "experiment", help="do a study of simulated recordings, or go on with it"
+    )
     experiments = experiment.add_subparsers(required=True, metavar="NAME")
     for name, text in (
         ("bifurcations", "Duffing and Hopf oscillators: all methods, adapted to unseen ones from few trials"),
@@ -115,7 +119,9 @@ def _parser() -> argparse.ArgumentParser:
         if name == "harder":
             one.add_argument("--parts", nargs="+", help="default: all")
         else:
-            one.add_argument("--methods", nargs="+", dest="names", metavar="METHOD", help="default: those of the study")
+            one.add_argument(
+                "--methods", nargs="+", dest="names", metavar="METHOD", help="default: those of the study"
+            )
         if name != "limit_cycles":
             one.add_argument("--held-out-seed", type=int, default=1000, help="of the unseen recordings")
         one.set_defaults(command=_experiment, name=name)

@@ -116,6 +116,14 @@ def test_scores_and_embeddings_are_those_of_direct_calls(done, folder):
             )
 
 
+def test_the_constant_is_the_mean_of_the_trials_to_adapt_from(done, folder):
+    _, numbers = done
+    pool, test = pm.Recordings([pm.io.read(folder / "new_1.npz")]).split(test_fraction=10 / 12, seed=0)
+    y, few = (recs["new_1"].observations.astype(float) for recs in (test, pool))
+    expected = 1 - ((y[:, -1] - few.mean((0, 1))) ** 2).sum() / ((y[:, -1] - y[:, -1].mean(0)) ** 2).sum()
+    assert adapting_report.headline(numbers, "constant", "new_1", "2") == pytest.approx(expected)
+
+
 def test_the_model_from_scratch_knows_one_recording_and_no_embedding(done, folder):
     _, numbers = done
     known = pm.load(folder / "gaussian" / "fit")
@@ -187,6 +195,10 @@ def test_counts_are_scored_in_bits(folder, tmp_path, capsys):
     }
     for score, of in expected.items():
         assert numbers["scores"]["adapted"]["2"][score]["a"] == pytest.approx(float(of.sel(recording="a")))
+    rates = np.maximum(pool["a"].values.sum((0, 1)), 0.5) / (2 * 16)
+    spikes = test["a"].observations[:, 6:10]
+    constant = pm.metrics.bits_per_spike(np.broadcast_to(rates, spikes.shape), spikes)
+    assert adapting_report.headline(numbers, "constant", "a", "2") == pytest.approx(constant)
     assert "scratch" not in numbers["scores"]
     printed = capsys.readouterr().out
     assert "forecast_bits_per_spike of the 4 bins" in printed and f"results and pictures in {out}" in printed
@@ -194,7 +206,7 @@ def test_counts_are_scored_in_bits(folder, tmp_path, capsys):
 
 def result(errors, adapted, scratch):
     """Numbers as `run` makes them, of one recording and 1, 2 trials."""
-    scores = {"adapted": adapted, "scratch": scratch}
+    scores = {"adapted": adapted, "scratch": scratch, "constant": [-0.5, -0.1]}
     return {
         "score": "forecast_r2",
         "horizon": 5,
@@ -217,7 +229,7 @@ def result(errors, adapted, scratch):
     [
         (result([2.0, 0.01], [0.5, 0.9], [0.1, 0.905]), True, "the family fits: .* 1 %.* better with 1 trials$"),
         (result([0.1, 0.9], [0.5, -0.4], [-3, 0.8]), False, "does not fit: .* 90 %.* and worse with 2 trials$"),
-        (result([0.9, 0.9], [-1, -0.4], [-3, -0.2]), None, "cannot be told"),  # nothing forecasts: noise
+        (result([0.9, 0.9], [-1, -0.4], [-3, -0.2]), None, "cannot be told"),  # as of noise
         (result([0.9, 0.9], [0.1, 0.2], [0.1, 0.2]), None, "cannot be told.* alike$"),
         (result([0.9, 0.9], [-1, -0.4], []), None, "latents$"),
         (result([None, None], [0.5, 0.9], [0.1, 0.9]), None, "was not asked"),

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from pyro_metassm import _checks as checks
-from pyro_metassm import io, likelihoods
+from pyro_metassm import io, likelihoods, metrics
 from pyro_metassm.adaptation import adapt
 from pyro_metassm.experiments import adapting_report, files, report
 from pyro_metassm.posterior import forecast, posterior
@@ -43,9 +43,9 @@ def run(
 ) -> dict:
     """Adapt a fit to recordings that it does not know from 1, 2, 4, ... of their trials, and write what was found.
 
-    Smaller numbers of trials are subsets of larger ones, and all are scored on the same test trials. Beside it, the
-    same model from scratch: of the same sizes, for one recording and with shared dynamics (rank 0), from the same
-    trials.
+    Smaller numbers of trials are subsets of larger ones, and all are scored on the same test trials. Beside it, from
+    the same trials, the same model from scratch (of the same sizes, for one recording and with shared dynamics, rank 0)
+    and the constant forecast that is their mean.
 
     Args:
         run: folder that ``metassm fit`` or ``Fit.save`` wrote.
@@ -92,7 +92,8 @@ def run(
         "num_samples": num_samples,
         "seed": seed,
     }
-    scores: dict[str, dict] = {"adapted": {}, "scratch": {}}
+    score = "forecast_r2" if family is likelihoods.Gaussian else "forecast_bits_per_spike"
+    scores: dict[str, dict] = {"adapted": {}, "scratch": {}, "constant": {}}
     found: dict[str, dict] = {name: {} for name in recs}
     adapted = known
     for number in numbers_of_trials(num_trials):
@@ -103,6 +104,7 @@ def run(
             found[name][str(number)] = row | adapted.attrs["adaptation"].get(name, {})
         with report.timed(seconds, "scores"):
             scores["adapted"][str(number)] = files.scores(adapted, pool, test, **scored)
+            scores["constant"][str(number)] = {score: _constant(few, test, score, context, horizon)}
         alone: list[dict] = []
         for name in recs if scratch_steps else ():
             one, its_pool, its_test = (part.select([name]) for part in (few, pool, test))
@@ -114,7 +116,7 @@ def run(
             scores["scratch"][str(number)] = _merged(alone)
     prior = known.model.embedding_prior()
     numbers = {
-        "score": "forecast_r2" if family is likelihoods.Gaussian else "forecast_bits_per_spike",
+        "score": score,
         "scores": {method: by_number for method, by_number in scores.items() if by_number},
         "embedding": found,
         "embedding_known": _embeddings(known, known.names),
@@ -200,6 +202,20 @@ def _window(test: Recordings, context: int | None, horizon: int | None) -> tuple
             needed = f"test trials of context + horizon = {context} + {horizon} bins"
             raise checks.fail(name, needed, f"at most {longest}", "choose a shorter context or horizon")
     return context, horizon
+
+
+def _constant(few: Recordings, test: Recordings, score: str, context: int, horizon: int) -> dict:
+    """The score of forecasts that are the mean of the trials to adapt from (of half a count where there was none)."""
+    found = {}
+    for name, recording in test.items():
+        seen = recording.observations[recording.lengths >= context, context : context + horizon]
+        total, bins = few[name].values.sum((0, 1), dtype=np.float64), few[name].mask.sum((0, 1))
+        counts = score != "forecast_r2"
+        mean = np.broadcast_to(
+            (np.maximum(total, 0.5) if counts else total) / np.maximum(bins, 1), seen.shape
+        )
+        found[name] = metrics.bits_per_spike(mean, seen) if counts else metrics.r2(seen[:, -1], mean[:, -1])
+    return found if counts else {str(horizon): found}
 
 
 def _embeddings(fit: Fit, names: Sequence[str]) -> dict[str, dict]:

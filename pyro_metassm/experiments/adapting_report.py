@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 COLUMNS = ("recording", "method", "num_trials", "quantity", "index", "value")
-METHODS = {"adapted": ("-", "full"), "scratch": ("--", "none")}  # line, filling of the markers
+METHODS = {"adapted": ("adapted", "-"), "scratch": ("from scratch", "--"), "constant": ("constant", ":")}
 WORST = -1.0  # the least that is drawn of a score
 UNEXPLAINED = 0.5  # roll-out error, in variances, above which roll-outs miss more than they explain
 ALIKE = 0.01  # difference of scores up to which neither is called better
@@ -37,7 +37,7 @@ def lines(numbers: dict) -> Iterator[str]:
         f"{numbers['horizon']} bins ahead" if of_r2 else f"of the {numbers['horizon']} bins after the context"
     )
     yield f"{numbers['score']} {what}, on test trials"
-    yield f"{'recording':32}{'trials':>7}{'adapted':>10}{'scratch':>10}   embedding (sd)"
+    yield f"{'recording':32}{'trials':>7}{''.join(f'{method:>10}' for method in METHODS)}   embedding (sd)"
     for name, by_number in numbers["embedding"].items():
         for number, e in by_number.items():
             values = [headline(numbers, method, name, number) for method in METHODS]
@@ -53,15 +53,17 @@ def fits(numbers: dict, name: str) -> bool | None:
 
     It does where roll-outs of its dynamics explain more of the variance of the latents than they miss. Where they
     miss more, that may be noise: of counts in short bins they do so for recordings that the fit was trained on. Then
-    it does not fit if it forecasts no better than a constant where the same model from the same trials does.
+    it does not fit if it forecasts worse than a constant, and the same model from the same trials better.
     """
     number, found = list(numbers["embedding"][name].items())[-1]
-    adapted, scratch = (headline(numbers, method, name, number) for method in METHODS)
     if "rollout_error" not in found:
         return None
     if found["rollout_error"] <= UNEXPLAINED:
         return True
-    return False if adapted is not None and scratch is not None and adapted <= 0 < scratch else None
+    adapted, scratch, constant = (headline(numbers, method, name, number) for method in METHODS)
+    if adapted is None or scratch is None or constant is None:
+        return None
+    return False if adapted < constant < scratch else None
 
 
 def _verdict(numbers: dict, name: str) -> str:
@@ -83,7 +85,7 @@ def _beside(numbers: dict, name: str) -> str:
     apart: dict[str, list[str]] = {"better": [], "worse": []}
     compared = 0
     for number in numbers["embedding"][name]:
-        adapted, scratch = (headline(numbers, method, name, number) for method in METHODS)
+        adapted, scratch = (headline(numbers, method, name, number) for method in ("adapted", "scratch"))
         if adapted is None or scratch is None:
             continue
         compared += 1
@@ -124,10 +126,12 @@ def draw(numbers: dict, tree: xr.DataTree, ahead: xr.DataTree, out: Path) -> Non
     _scores(left, numbers)
     size = len(numbers["embedding_prior"]["mean"])
     (_line if size == 1 else _map)(right, numbers)
-    handles, texts = left.get_legend_handles_labels()
-    figure.legend(handles, texts, loc="outside lower center", ncols=4, frameon=False, fontsize="small")
-    report.save_figure(figure, out / "adaptation.png")
     names = list(numbers["embedding"])
+    handles, texts = left.get_legend_handles_labels()
+    figure.legend(
+        handles, texts, loc="outside lower center", ncols=min(4, len(names)), frameon=False, fontsize="small"
+    )
+    report.save_figure(figure, out / "adaptation.png")
     report.save_figure(plots.trace_panels(ahead, tree, names, context=numbers["context"]), out / "traces.png")
 
 
@@ -149,28 +153,29 @@ def _scores(ax: Axes, numbers: dict) -> None:
     every = _ticks(ax, numbers)
     series: list[tuple[np.ndarray, dict]] = []
     for row, name in enumerate(numbers["embedding"]):
-        for method, (line, filling) in METHODS.items():
+        for method, (label, line) in METHODS.items():
             values = [headline(numbers, method, name, number) for number in every]
             if None not in values:
-                style = _style(row) | {"fillstyle": filling}
-                label = f"{name}, {'adapted' if method == 'adapted' else 'from scratch'}"
+                style = _style(row) | {"fillstyle": "full" if method == "adapted" else "none"}
+                style |= {"marker": "", "linewidth": 1.0} if method == "constant" else {}
                 y = np.array(values, float)
-                ax.plot(y, line, label=label, **style)
+                ax.plot(y, line, label=f"{name}, {label}", **style)
                 series.append((y, style))
     drawn = np.concatenate([y[np.isfinite(y)] for y, _ in series] or [np.zeros(0)])
     low, high = max(drawn.min(initial=1.0), WORST), max(drawn.max(initial=WORST), 0.0)
     margin = 0.06 * (high - low) + 1e-3
     ax.set_ylim(low - margin, high + margin)
-    for place, (y, style) in enumerate(series):  # below the axis: an arrow at its end
+    models = [(y, style) for y, style in series if style["marker"]]
+    for place, (y, style) in enumerate(models):  # below the axis: an arrow at its end
         below = np.flatnonzero(y < low - margin)
-        x = below + 0.05 * (place - (len(series) - 1) / 2)
+        x = below + 0.05 * (place - (len(models) - 1) / 2)
         ax.plot(x, np.full(len(x), low - margin / 2), linestyle="", **style | {"marker": "v"})
     if low <= 0:
         ax.axhline(0.0, color="0.4", linewidth=0.8, linestyle=":")
     k = numbers["horizon"]
     is_r2 = numbers["score"] == "forecast_r2"
     ax.set_ylabel(f"forecast $R^2$, {k} bins ahead" if is_r2 else f"forecast of {k} bins (bits per spike)")
-    ax.set_title("test trials (0: a constant forecast)", fontsize="medium")
+    ax.set_title("test trials (0: their own mean)", fontsize="medium")
 
 
 def _prior(numbers: dict) -> str:
