@@ -106,7 +106,7 @@ def fit_read_outs(
     """
     if afresh:
         with torch.no_grad():
-            _start(model, z, batch, prior)
+            _start(model, z, batch)
     parameters = [*model.read_out.parameters(), *model.observation.parameters()]
     # A short memory of the gradients' scale: they shrink by orders of magnitude as the noise is found.
     optimizer = adam(parameters, lr=0.1, betas=(0.8, 0.99))
@@ -127,24 +127,28 @@ def fit_read_outs(
         schedule.step()
 
 
-def _start(model, z: Tensor, batch: Batch, prior: ReadOutPrior | None) -> None:
+def _start(model, z: Tensor, batch: Batch) -> None:
+    """Least squares; for counts with another link than the identity, no tuning and the mean counts."""
     read_out = model.read_out
+    predictor = read_out(z[:, :1, :1], batch.recording, batch.width)
+    identity = torch.allclose(model.likelihood(predictor, batch.recording).mean, predictor)
     for r, name in enumerate(batch.names):
-        rows = read_out.neurons.slice(name)
-        width = batch.num_neurons[r]
-        seen = batch.mask[r, ..., :width].any(-1)
-        y = batch.observations[r, ..., :width][seen]
-        if (y >= 0).all() and (y == y.round()).all():  # counts: about the link's scale
+        rows, width = read_out.neurons.slice(name), batch.num_neurons[r]
+        mask = batch.mask[r, ..., :width]
+        seen = mask.any(-1)
+        mask, y = mask[seen], batch.observations[r, ..., :width][seen]  # zero where a neuron is missing
+        if not identity and (y >= 0).all() and (y == y.round()).all():  # counts: about the link's scale
             read_out.weight[rows] = 0.0
-            read_out.bias[rows] = (y.mean(0) + 0.5 / len(y)).log()
+            read_out.bias[rows] = ((y.sum(0) + 0.5) / mask.sum(0).clamp(min=1)).log()
             continue
         design = torch.cat([z[r], torch.ones_like(z[r][..., :1])], -1)[seen]
-        gram, moment = design.mT @ design, design.mT @ y
-        gram.diagonal().add_(1e-4 * gram.diagonal().mean())
-        if prior is not None:  # at the noise that is left without it
-            residual = y - design @ torch.linalg.solve(gram, moment)
-            precision = torch.linalg.inv(prior.covariance) * residual.square().mean()
-            gram, moment = gram + precision, moment + (precision @ prior.mean).unsqueeze(-1)
-        solution = torch.linalg.solve(gram, moment)
-        read_out.weight[rows] = solution[:-1].mT
-        read_out.bias[rows] = solution[-1]
+        moment = (design.mT @ y).mT.unsqueeze(-1)  # (N, d + 1, 1)
+        if mask.all():
+            gram = (design.mT @ design).unsqueeze(0)
+        else:
+            squares = (design.unsqueeze(-1) * design.unsqueeze(-2)).flatten(1)
+            gram = (mask.to(y.dtype).mT @ squares).unflatten(1, (design.shape[1], -1))
+        mean = gram.diagonal(dim1=-2, dim2=-1).mean(-1).clamp(min=1e-6)
+        gram = gram + 1e-4 * mean[:, None, None] * torch.eye(design.shape[1]).to(gram)
+        solution = torch.linalg.solve(gram, moment).squeeze(-1)
+        read_out.weight[rows], read_out.bias[rows] = solution[:, :-1], solution[:, -1]

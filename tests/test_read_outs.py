@@ -119,6 +119,7 @@ def problem(num_trials, num_bins, seed=0, num_neurons=6, same=False):
     noise = rng.normal(size=(2, 1 if same else num_trials, num_bins, num_neurons))
     y = z @ rng.normal(size=(2, 1, 2, num_neurons)) + 1.0 + 0.5 * noise
     y[1, :, num_bins // 2 : num_bins - 1] = np.nan
+    y[0, :, : num_bins // 2, 1] = np.nan  # one of the neurons
     recs = pm.Recordings(
         [
             pm.Recording("a", y[0, ..., :4].copy(), bin_width=0.02),
@@ -190,6 +191,29 @@ def test_it_can_go_on_from_the_read_outs_as_they_are():
     started = fitted(model, z, batch, num_steps=0)
     assert torch.equal(fitted(model, z, batch, num_steps=0, afresh=False), started)
     assert not torch.equal(started, before)
+
+
+@pytest.mark.parametrize("family", ["Gaussian", "Poisson"])
+def test_counts_start_on_the_scale_of_the_link(family):
+    """Many counts a bin, far from what the steps could make up for: by least squares for an identity link."""
+    rng = np.random.default_rng(0)
+    z = rng.normal(size=(1, 5, 30, 2))
+    y = rng.poisson(200.0 + 10.0 * z @ rng.normal(size=(2, 4))) * 1.0
+    y[0, 1:3, :, 0] = np.nan  # a neuron that was not there all the time
+    recs = pm.Recordings([pm.Recording("a", y[0], bin_width=0.02)])
+    likelihood = getattr(pm.likelihoods, family)
+    model = pm.models.MetaSSM(
+        recs, latent_dim=2, embedding_dim=1, hidden_dim=4, likelihood=likelihood
+    ).double()
+    found = fitted(model, torch.tensor(z), recs.batch(model.names, dtype=torch.double), num_steps=0)
+    design = np.concatenate([z[0], np.ones((5, 30, 1))], -1)
+    expected = []
+    for values in np.moveaxis(y[0], -1, 0):
+        seen = np.isfinite(values)
+        expected.append([0.0, 0.0, np.log(values[seen].mean())])
+        if family == "Gaussian":
+            expected[-1] = np.linalg.lstsq(design[seen], values[seen], rcond=None)[0]
+    np.testing.assert_allclose(found, expected, rtol=1e-3, atol=0.05)  # but for small ridges
 
 
 @pytest.mark.parametrize("family", ["Gaussian", "Poisson", "NegativeBinomial"])
