@@ -187,9 +187,13 @@ def problem(fit, recs):
     return (model, guide, frames, bins, rows, batch.recording), maps
 
 
-def found_by(fit, recs, *, seed=0, num_starts=64, num_steps=60, on_step=lambda error: None):
+def found_by(fit, recs, **options):
     arguments, maps = problem(fit, recs)
-    result = few_shot.search(
+    return searched(fit, arguments, **options), maps
+
+
+def searched(fit, arguments, *, seed=0, num_starts=64, num_steps=60, on_step=lambda error: None):
+    return few_shot.search(
         *arguments,
         prior=ReadOutPrior.of(fit.model),
         embeddings=fit.statistics[:, :1],
@@ -198,7 +202,6 @@ def found_by(fit, recs, *, seed=0, num_starts=64, num_steps=60, on_step=lambda e
         rng=rng(seed),
         on_step=on_step,
     )
-    return result, maps
 
 
 def distances(found, maps):
@@ -236,8 +239,8 @@ def test_a_seed_gives_the_same_frames_whatever_the_memory(fit, monkeypatch):
     """Starts judged a few at a time: other draws, the same answer."""
     recs = family.recordings([1.4], num_trials=3, seed=2, prefix="new ")
     size = {"num_starts": 34, "num_steps": 30}
-    one, maps = found_by(fit, recs, **size)
-    again, _ = found_by(fit, recs, **size)
+    arguments, maps = problem(fit, recs)
+    one, again = searched(fit, arguments, **size), searched(fit, arguments, **size)
     assert torch.equal(one.frame, again.frame) and torch.equal(one.error, again.error)
     sizes, starts = [], few_shot._starts
 
@@ -247,7 +250,7 @@ def test_a_seed_gives_the_same_frames_whatever_the_memory(fit, monkeypatch):
 
     monkeypatch.setattr(few_shot, "_starts", counted)
     monkeypatch.setattr(few_shot, "ELEMENTS", 10 * few_shot.ENCODED * 64)
-    other, _ = found_by(fit, recs, **size)
+    other = searched(fit, arguments, **size)
     assert sizes == [10, 10, 10, 4]
     assert max(distances(one, maps) + distances(other, maps)) < 0.05
 

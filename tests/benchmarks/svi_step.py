@@ -31,7 +31,7 @@ from pyro_metassm import _machine as machine
 METHODS = ("library", "loop", "pyro_sites")
 SECONDS = 15.0  # a method and number of threads; slow methods are run less often
 FEWEST = 3
-WARM_UP = 5  # memory that is kept from step to step takes a few to settle
+WARM_UP = 15  # memory that is kept from step to step takes some to settle
 
 
 def main(argv: list[str] | None = None) -> dict:
@@ -97,7 +97,7 @@ def alternate(
 
     def warmed_up(name: str) -> float:
         first = [timed(name)]
-        while len(first) < WARM_UP and sum(first) < SECONDS / 3:
+        while len(first) < WARM_UP and sum(first) < SECONDS:
             first.append(timed(name))
         return min(first)
 
