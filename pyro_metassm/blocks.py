@@ -7,7 +7,7 @@ bound by fresh memory; the same work piece by piece reuses small buffers.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -18,39 +18,49 @@ CACHED = 2**17  # numbers of one piece on a CPU: a few such buffers fit a core's
 LARGE = 2**20  # numbers from which it pays to wake other threads
 
 
-def blocks(shape: tuple[int, ...], device: torch.device) -> list[list[tuple[slice, slice]]]:
-    """Slices of the recordings and of the trials of ``(R, K, T, N)``: several recordings, or some trials of one.
+Block = tuple[slice, slice, slice]
+"""Recordings, trials and neurons."""
 
-    Those of the same recordings are listed together. Each piece is contiguous where the tensor is. On other devices
-    than a CPU there is one piece.
+
+def blocks(
+    shape: tuple[int, ...], device: torch.device, num_neurons: Sequence[int] | None = None
+) -> list[list[Block]]:
+    """Pieces of ``(R, K, T, N)``: several recordings, or some trials of one, without the padding common to them.
+
+    Those of the same recordings are listed together. On other devices than a CPU there is one piece.
     """
-    num, trials, bins, neurons = shape
-    recording, trial = trials * bins * neurons, bins * neurons
-    if device.type != "cpu" or num * recording <= CACHED:
-        return [[(slice(0, num), slice(0, trials))]]
-    some = max(1, CACHED // recording)
-    few = max(1, CACHED // trial) if recording > CACHED else trials
-    return [
-        [(slice(row, min(row + some, num)), slice(k, min(k + few, trials))) for k in range(0, trials, few)]
-        for row in range(0, num, some)
-    ]
+    num, trials, bins, width = shape
+    size = trials * bins * width
+    if device.type != "cpu" or num * size <= CACHED:
+        return [[(slice(0, num), slice(0, trials), slice(0, width))]]
+    some, result = max(1, CACHED // size), []
+    for row in range(0, num, some):
+        rows = slice(row, min(row + some, num))
+        neurons = slice(0, width if num_neurons is None else min(width, max(num_neurons[rows])))
+        few = max(1, CACHED // (bins * neurons.stop)) if size > CACHED else trials
+        result.append([(rows, slice(k, min(k + few, trials)), neurons) for k in range(0, trials, few)])
+    return result
 
 
-def each_block(x: Tensor, work: Callable[[slice, slice], None]) -> None:
-    """``work(recordings, trials)`` for all blocks of ``x (R, K, T, N)``, without gradients.
+def each_block(
+    x: Tensor, work: Callable[[slice, slice, slice], None], num_neurons: Sequence[int] | None = None
+) -> None:
+    """``work(recordings, trials, neurons)`` for all blocks of ``x (R, K, T, N)``, without gradients.
+
+    The neurons are all N where the recordings' numbers of them are not given, or on another device than a CPU.
 
     Blocks of different recordings may be worked on at the same time by several threads; those of the same recordings
     are one after the other, always in the same order, so that sums over trials can be made in place and do not depend
     on the number of threads.
     """
-    groups = blocks(x.shape, x.device)
+    groups = blocks(x.shape, x.device, num_neurons)
     taken = itertools.count()
 
     def worker(_: int) -> None:
         with torch.no_grad():  # which holds for a thread
             while (number := next(taken)) < len(groups):
-                for rows, trials in groups[number]:
-                    work(rows, trials)
+                for block in groups[number]:
+                    work(*block)
 
     threads = native.threads if native.threads and x.numel() >= LARGE and x.device.type == "cpu" else 1
     native.on_threads(worker, min(threads, len(groups)))

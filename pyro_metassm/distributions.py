@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -25,7 +26,8 @@ class MarkovPath(TorchDistribution):
     Args:
         initial: distribution of the first state, event shape ``(latent_dim,)``.
         transition: from states ``(..., K, latent_dim)`` to the distribution of their successors, batch ``(..., K)``
-            and event ``(latent_dim,)``; called with K = 1 in ``rsample`` and K = num_steps - 1 in ``log_prob``.
+            and event ``(latent_dim,)``; called with K = 1 in ``rsample`` and K = num_steps - 1 in ``log_prob``. What it
+            has of its own for every element of the batch it joins to the states by broadcasting.
         num_steps: number of time bins, at least 1.
         mask: ``(..., num_steps)`` bool, False where a trial has already ended: those bins have no density. Ends of
             trials only: a bin that exists and was not observed stays True (it still links its neighbours).
@@ -155,7 +157,26 @@ class RolloutPath(TorchDistribution):
         if self.rollout is None:
             return z
         # Which bins are advanced together is worked out on the host, so that a GPU is not waited for.
-        runs = _runs(self.rollout.cpu())
+        rollout = self.rollout.cpu()
+        if rollout.shape[:-1].numel() == 1 or not self._trials_alike(z):
+            return self._rolled(z, rollout)
+        # All trials as one long path: no run goes on from one to the next, whose first bin is the encoder's.
+        joined = z.flatten(-3, -2).unsqueeze(-3), rollout.flatten(-2).unsqueeze(-2)
+        return self._rolled(*joined).view(shape)
+
+    def _trials_alike(self, z: Tensor) -> bool:
+        """Whether the transition is the same along the last dimension of the batch, as its parameters say.
+
+        Asked of one state in place of that dimension: if it belongs to all, what comes back belongs to all.
+        """
+        state = z[..., :1, :1, :].detach()
+        with torch.no_grad(), contextlib.suppress(RuntimeError):  # it may insist on the trials that it has
+            return self.prior.transition(state).batch_shape == state.shape[:-1]
+        return False
+
+    def _rolled(self, z: Tensor, rollout: Tensor) -> Tensor:
+        """``z (..., time, latent_dim)`` with roll-outs of the bins before, side by side, in their places."""
+        runs = _runs(rollout)
         if not runs.widths:
             return z
         # A GPU is told in one piece, from memory that the host need not wait for.

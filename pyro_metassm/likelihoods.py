@@ -54,7 +54,8 @@ class Gaussian(Likelihood):
         self.log_sd = nn.Parameter(torch.zeros(neurons.total))
 
     def forward(self, predictor: Tensor, recording: Tensor) -> TorchDistribution:
-        return NeuronNormal(predictor, self.by_neuron(self.log_sd, predictor, recording).exp())
+        sd = self.by_neuron(self.log_sd, predictor, recording).exp()
+        return NeuronNormal(predictor, sd, num_neurons=self.neurons.counts(recording))
 
     @torch.no_grad()
     def start(self, recordings: Recordings) -> None:
@@ -98,7 +99,8 @@ class Poisson(_Counts):
     r"""``y ~ Poisson(rate)``, with the saturating exponential link."""
 
     def forward(self, predictor: Tensor, recording: Tensor) -> TorchDistribution:
-        return SaturatingPoisson(predictor, self.by_neuron(self.log_ceiling, predictor, recording))
+        ceiling = self.by_neuron(self.log_ceiling, predictor, recording)
+        return SaturatingPoisson(predictor, ceiling, num_neurons=self.neurons.counts(recording))
 
 
 class NegativeBinomial(_Counts):

@@ -85,6 +85,12 @@ class NeuronTable(nn.Module):
         first = sum(self.num_neurons[:row])
         return slice(first, first + self.num_neurons[row])
 
+    def counts(self, recording: Int[Tensor, " R"]) -> tuple[int, ...] | None:
+        """Numbers of neurons of these rows, on the host; None where it would have to wait for a device."""
+        if recording.device.type != "cpu":
+            return None
+        return tuple(self.num_neurons[row] for row in recording.tolist())
+
     def rows(self, recording: Int[Tensor, " R"], width: int) -> Int[Tensor, "R width"]:
         """Rows of the flat table for the first ``width`` neurons of each recording, padded with row 0."""
         return self.index[recording, :width]
@@ -117,7 +123,7 @@ class ReadOut(nn.Module):
         width = max(self.neurons.num_neurons) if width is None else width
         weight = self.neurons.gather(self.weight, recording, width)
         bias = self.neurons.gather(self.bias, recording, width)
-        return linear_by_recording(z, weight.transpose(-1, -2), bias)
+        return linear_by_recording(z, weight.transpose(-1, -2), bias, self.neurons.counts(recording))
 
 
 class ReadIn(nn.Module):

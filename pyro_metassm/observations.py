@@ -7,6 +7,7 @@ pieces that stay in the cache, with its gradient written out. Any other distribu
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import pyro.distributions as dist
 import torch
@@ -20,10 +21,19 @@ from pyro_metassm.blocks import each_block, everywhere
 
 
 class NeuronNormal(dist.Normal):
-    """``Normal(loc, scale)`` of ``loc (..., R, K, T, N)`` with one scale per neuron, ``(R, 1, 1, N)``."""
+    """``Normal(loc, scale)`` of ``loc (..., R, K, T, N)`` with one scale per neuron, ``(R, 1, 1, N)``.
 
-    def __init__(self, loc: Tensor, scale: Tensor, validate_args: bool | None = None):
-        self.by_neuron = scale
+    ``num_neurons`` are the recordings' numbers of neurons, the rest is padding and never observed; None is N of each.
+    """
+
+    def __init__(
+        self,
+        loc: Tensor,
+        scale: Tensor,
+        validate_args: bool | None = None,
+        num_neurons: Sequence[int] | None = None,
+    ):
+        self.by_neuron, self.num_neurons = scale, num_neurons
         super().__init__(loc, scale, validate_args=validate_args)
 
     def expand(self, batch_shape, _instance=None):
@@ -33,56 +43,61 @@ class NeuronNormal(dist.Normal):
         """Sum over bins and neurons of the masked log densities, ``(R, K)``; None for leading dimensions."""
         if self.loc.dim() != 4 or self.by_neuron.shape[1:3] != (1, 1):
             return None
-        log_scale = self.by_neuron[:, 0, 0].log()
-        squares, counts = _Squares.apply(self.loc, (-log_scale).exp(), value, mask)
+        log_scale = self.by_neuron[:, :, 0].log()
+        squares, counts = _Squares.apply(self.loc, value, mask, self.num_neurons)
         constant = log_scale + 0.5 * math.log(2 * math.pi)
-        return -0.5 * squares - (counts * constant.unsqueeze(1)).sum(-1)
+        return -(0.5 * squares * (-2.0 * log_scale).exp() + counts * constant).sum(-1)
 
 
 class _Squares(torch.autograd.Function):
-    """``sum_tn mask ((y - loc) inverse)^2`` of every trial ``(R, K)``, and ``sum_t mask`` by neuron ``(R, K, N)``."""
+    """``sum_t mask (y - loc)^2`` and ``sum_t mask`` of every trial and neuron, ``(R, K, N)``."""
 
     @staticmethod
-    def forward(ctx, loc: Tensor, inverse: Tensor, value: Tensor, mask: Tensor):
-        ctx.save_for_backward(loc, inverse, value, mask)
-        squares, counts = loc.new_empty(loc.shape[:2]), loc.new_empty(*loc.shape[:2], loc.shape[3])
+    def forward(ctx, loc: Tensor, value: Tensor, mask: Tensor, num_neurons):
+        ctx.save_for_backward(loc, value, mask)
+        ctx.num_neurons = num_neurons
+        num, trials, bins, width = loc.shape
+        squares, counts = (loc.new_zeros(num, trials, width) for _ in range(2))
 
-        def work(rows: slice, trials: slice) -> None:
-            seen = _weights(mask, rows, trials, loc.dtype)
-            counts[rows, trials] = seen.sum(2) if seen.shape[2] > 1 else seen[:, :, 0] * loc.shape[2]
-            d = _residual(loc, inverse, value, seen, rows, trials)
-            squares[rows, trials] = torch.linalg.vector_norm(d, dim=(2, 3)).square_()
+        def work(rows: slice, trials: slice, neurons: slice) -> None:
+            seen = _weights(mask, rows, trials, neurons, loc.dtype)
+            d = torch.sub(value[rows, trials, :, neurons], loc[rows, trials, :, neurons]).square_()
+            if steady := seen.shape[2] == 1:
+                torch.mul(d.sum(2), seen[:, :, 0], out=squares[rows, trials, neurons])
+            else:
+                torch.sum(d.mul_(seen), 2, out=squares[rows, trials, neurons])
+            counts[rows, trials, neurons] = seen.sum(2) * (bins if steady else 1)
 
-        each_block(loc, work)
+        each_block(loc, work, num_neurons)
         ctx.mark_non_differentiable(counts)
         return squares, counts
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad: Tensor, _):
-        loc, inverse, value, mask = ctx.saved_tensors
-        grad_loc, grad_inverse = torch.empty_like(loc), torch.zeros_like(inverse)
+        loc, value, mask = ctx.saved_tensors
+        grad_loc = torch.empty_like(loc)
 
-        def work(rows: slice, trials: slice) -> None:
-            seen = _weights(mask, rows, trials, loc.dtype)
-            d = _residual(loc, inverse, value, seen, rows, trials)
-            g = (2.0 * grad[rows, trials])[..., None, None]
-            torch.mul(d, -g * inverse[rows, None, None], out=grad_loc[rows, trials])
-            grad_inverse[rows] += (d.square_().sum(2) * g.squeeze(2)).sum(1)
+        def work(rows: slice, trials: slice, neurons: slice) -> None:
+            seen = _weights(mask, rows, trials, neurons, loc.dtype)
+            g = _within(grad_loc, rows, trials, neurons)
+            torch.sub(value[rows, trials, :, neurons], loc[rows, trials, :, neurons], out=g)
+            g.mul_(seen * (-2.0 * grad[rows, trials, None, neurons]))
 
-        each_block(loc, work)
-        return grad_loc, grad_inverse / inverse, None, None
-
-
-def _residual(loc, inverse, value, seen, rows: slice, trials: slice) -> Tensor:
-    d, scale = torch.sub(value[rows, trials], loc[rows, trials]), inverse[rows, None, None]
-    return d.mul_(scale * seen) if seen.shape[2] == 1 else d.mul_(scale).mul_(seen)
+        each_block(loc, work, ctx.num_neurons)
+        return grad_loc, None, None, None
 
 
-def _weights(mask: Tensor, rows: slice, trials: slice, dtype: torch.dtype) -> Tensor:
-    """The mask of a piece as numbers (products of numbers and truth values are slow), ``(R', K', T or 1, N)``."""
+def _weights(mask: Tensor, rows: slice, trials: slice, neurons: slice, dtype: torch.dtype) -> Tensor:
+    """The mask of a piece as numbers (products of numbers and truth values are slow), ``(R', K', T or 1, N')``."""
     steady = everywhere(mask)
-    return (mask[rows, trials] if steady is mask else steady[rows]).to(dtype)
+    return (mask[rows, trials, :, neurons] if steady is mask else steady[rows, ..., neurons]).to(dtype)
+
+
+def _within(grad: Tensor, rows: slice, trials: slice, neurons: slice) -> Tensor:
+    """A block of a gradient, to be written; the padding beside it is zero."""
+    grad[rows, trials, :, neurons.stop :] = 0.0
+    return grad[rows, trials, :, neurons]
 
 
 def saturating_log_rate(x: Tensor, log_ceiling: Tensor) -> Tensor:
@@ -96,10 +111,18 @@ class SaturatingPoisson(dist.Poisson):
     Args:
         predictor: ``x (..., R, K, T, N)``.
         log_ceiling: ``c (R, 1, 1, N)``, the largest log rate of each neuron.
+        num_neurons: of each recording, the rest is padding and never observed; None is N of each.
     """
 
-    def __init__(self, predictor: Tensor, log_ceiling: Tensor, validate_args: bool | None = None):
+    def __init__(
+        self,
+        predictor: Tensor,
+        log_ceiling: Tensor,
+        validate_args: bool | None = None,
+        num_neurons: Sequence[int] | None = None,
+    ):
         self.predictor, self.log_ceiling, self.is_sparse = predictor, log_ceiling, False
+        self.num_neurons = num_neurons
         # Not Poisson's own constructor: it wants the rates, which training does not need.
         torch.distributions.Distribution.__init__(self, predictor.shape, validate_args=False)
 
@@ -118,25 +141,26 @@ class SaturatingPoisson(dist.Poisson):
         """Sum over bins and neurons of the masked log densities, ``(R, K)``; None for leading dimensions."""
         if self.predictor.dim() != 4 or self.log_ceiling.requires_grad:
             return None
-        return _Counts.apply(self.predictor, self.log_ceiling[:, 0, 0], value, mask)
+        return _Counts.apply(self.predictor, self.log_ceiling[:, 0, 0], value, mask, self.num_neurons)
 
 
 class _Counts(torch.autograd.Function):
     """``sum_tn mask (y log rate - rate - log y!)`` of every trial, ``(R, K)``."""
 
     @staticmethod
-    def forward(ctx, predictor: Tensor, ceiling: Tensor, value: Tensor, mask: Tensor):
+    def forward(ctx, predictor: Tensor, ceiling: Tensor, value: Tensor, mask: Tensor, num_neurons):
         ctx.save_for_backward(predictor, ceiling, value, mask)
+        ctx.num_neurons = num_neurons
         total = predictor.new_empty(predictor.shape[:2])
 
-        def work(rows: slice, trials: slice) -> None:
-            c, y = ceiling[rows, None, None], value[rows, trials]
-            log_rate = saturating_log_rate(predictor[rows, trials], c)
+        def work(rows: slice, trials: slice, neurons: slice) -> None:
+            c, y = ceiling[rows, None, None, neurons], value[rows, trials, :, neurons]
+            log_rate = saturating_log_rate(predictor[rows, trials, :, neurons], c)
             term = (y * log_rate).sub_(log_rate.exp_()).sub_(_log_factorial(y))
-            term.mul_(_weights(mask, rows, trials, term.dtype))
+            term.mul_(_weights(mask, rows, trials, neurons, term.dtype))
             total[rows, trials] = term.sum((-1, -2))
 
-        each_block(predictor, work)
+        each_block(predictor, work, num_neurons)
         return total
 
     @staticmethod
@@ -145,16 +169,17 @@ class _Counts(torch.autograd.Function):
         predictor, ceiling, value, mask = ctx.saved_tensors
         grad_predictor = torch.empty_like(predictor)
 
-        def work(rows: slice, trials: slice) -> None:
-            c = ceiling[rows, None, None]
+        def work(rows: slice, trials: slice, neurons: slice) -> None:
+            c, x = ceiling[rows, None, None, neurons], predictor[rows, trials, :, neurons]
             # With s = sigmoid(c - x): d log rate / dx = s and rate = e^c (1 - s).
-            s = torch.sub(c, predictor[rows, trials]).sigmoid_()
-            s.mul_(_weights(mask, rows, trials, s.dtype)).mul_(grad[rows, trials][..., None, None])
-            rate = torch.sub(predictor[rows, trials], c).sigmoid_().mul_(c.exp())
-            torch.mul(torch.sub(value[rows, trials], rate, out=rate), s, out=grad_predictor[rows, trials])
+            s = torch.sub(c, x).sigmoid_()
+            s.mul_(_weights(mask, rows, trials, neurons, s.dtype)).mul_(grad[rows, trials][..., None, None])
+            rate = torch.sub(x, c).sigmoid_().mul_(c.exp())
+            torch.sub(value[rows, trials, :, neurons], rate, out=rate)
+            torch.mul(rate, s, out=_within(grad_predictor, rows, trials, neurons))
 
-        each_block(predictor, work)
-        return grad_predictor, None, None, None
+        each_block(predictor, work, ctx.num_neurons)
+        return grad_predictor, None, None, None, None
 
 
 TABLE = torch.lgamma(torch.arange(1.0, 258.0, dtype=torch.float64))

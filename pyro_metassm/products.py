@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -11,12 +13,18 @@ from pyro_metassm.blocks import each_block, everywhere
 
 
 def linear_by_recording(
-    x: Float[Tensor, "... R K T inp"], weight: Float[Tensor, "R inp out"], bias: Float[Tensor, "R out"]
+    x: Float[Tensor, "... R K T inp"],
+    weight: Float[Tensor, "R inp out"],
+    bias: Float[Tensor, "R out"],
+    num_neurons: Sequence[int] | None = None,
 ) -> Float[Tensor, "... R K T out"]:
-    """``x_r W_r + b_r`` for every recording; leading dimensions (posterior draws) are as further trials."""
+    """``x_r W_r + b_r`` for every recording; leading dimensions (posterior draws) are as further trials.
+
+    Outputs beyond a recording's number of neurons, if that is given, are padding, which has no gradient.
+    """
     lead, (num, trials, bins, _) = x.shape[:-4], x.shape[-4:]
     rows = x.movedim(-4, 0).reshape(num, -1, bins, x.shape[-1])
-    out = _Affine.apply(rows, weight, bias)
+    out = _Affine.apply(rows, weight, bias, num_neurons)
     return out.view(num, *lead, trials, bins, -1).movedim(0, -4)
 
 
@@ -24,12 +32,13 @@ class _Affine(torch.autograd.Function):
     """``x (R, K, T, I)``, ``weight (R, I, N)``, ``bias (R, N)`` to ``(R, K, T, N)``."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor, num_neurons: Sequence[int] | None) -> Tensor:
         x = x.contiguous()
         ctx.save_for_backward(x, weight)
+        ctx.num_neurons = num_neurons
         out = x.new_empty(*x.shape[:3], weight.shape[-1])
 
-        def work(rows: slice, trials: slice) -> None:
+        def work(rows: slice, trials: slice, _: slice) -> None:
             piece = out[rows, trials]
             torch.baddbmm(
                 bias[rows, None], x[rows, trials].flatten(1, 2), weight[rows], out=piece.flatten(1, 2)
@@ -46,18 +55,18 @@ class _Affine(torch.autograd.Function):
         grad_x, grad_weight = torch.empty_like(x), torch.zeros_like(weight)
         grad_bias = weight.new_zeros(weight.shape[0], weight.shape[2])
 
-        def work(rows: slice, trials: slice) -> None:
-            g = grad[rows, trials].flatten(1, 2)
-            torch.bmm(g, weight[rows].mT, out=grad_x[rows, trials].flatten(1, 2))
-            grad_weight[rows].baddbmm_(x[rows, trials].flatten(1, 2).mT, g)
-            grad_bias[rows] += g.sum(1)
+        def work(rows: slice, trials: slice, neurons: slice) -> None:
+            g = grad[rows, trials, :, neurons].flatten(1, 2)
+            torch.bmm(g, weight[rows, :, neurons].mT, out=grad_x[rows, trials].flatten(1, 2))
+            grad_weight[rows, :, neurons].baddbmm_(x[rows, trials].flatten(1, 2).mT, g)
+            grad_bias[rows, neurons] += g.sum(1)
 
-        each_block(grad, work)
-        return grad_x, grad_weight, grad_bias
+        each_block(grad, work, ctx.num_neurons)
+        return grad_x, grad_weight, grad_bias, None
 
 
 def centred_product(
-    y: Tensor, mask: Tensor, center: Tensor, weight: Tensor, num_neurons: tuple[int, ...]
+    y: Tensor, mask: Tensor, center: Tensor, weight: Tensor, num_neurons: Sequence[int]
 ) -> Tensor:
     """``(mask (y - center)) @ weight`` of every recording, differentiable in the weight alone.
 
@@ -77,16 +86,16 @@ class _CentredProduct(torch.autograd.Function):
     """From pieces of ``mask (y - center)`` that are made again for the backward pass, not kept."""
 
     @staticmethod
-    def forward(ctx, y: Tensor, mask: Tensor, center: Tensor, weight: Tensor, num_neurons: tuple[int, ...]):
+    def forward(ctx, y: Tensor, mask: Tensor, center: Tensor, weight: Tensor, num_neurons: Sequence[int]):
         ctx.save_for_backward(y, mask, center)
         ctx.num_neurons = num_neurons
         out = y.new_empty(*y.shape[:3], weight.shape[-1])
 
-        def work(rows: slice, trials: slice) -> None:
-            x = _piece(y, mask, center, rows, trials, num_neurons)
-            out[rows, trials] = torch.bmm(x, weight[rows, : x.shape[-1]]).view(out[rows, trials].shape)
+        def work(rows: slice, trials: slice, neurons: slice) -> None:
+            x = _piece(y, mask, center, rows, trials, neurons)
+            torch.bmm(x, weight[rows, neurons], out=out[rows, trials].flatten(1, 2))
 
-        each_block(y, work)
+        each_block(y, work, num_neurons)
         return out
 
     @staticmethod
@@ -95,17 +104,16 @@ class _CentredProduct(torch.autograd.Function):
         y, mask, center = ctx.saved_tensors
         grad_weight = grad.new_zeros(*center.shape, grad.shape[-1])
 
-        def work(rows: slice, trials: slice) -> None:
-            x = _piece(y, mask, center, rows, trials, ctx.num_neurons)
-            grad_weight[rows, : x.shape[-1]].baddbmm_(x.mT, grad[rows, trials].flatten(1, 2))
+        def work(rows: slice, trials: slice, neurons: slice) -> None:
+            x = _piece(y, mask, center, rows, trials, neurons)
+            grad_weight[rows, neurons].baddbmm_(x.mT, grad[rows, trials].flatten(1, 2))
 
-        each_block(y, work)
+        each_block(y, work, ctx.num_neurons)
         return None, None, None, grad_weight, None
 
 
-def _piece(y: Tensor, mask: Tensor, center: Tensor, rows: slice, trials: slice, num_neurons) -> Tensor:
-    """Rows of ``mask (y - center)`` of some recordings and trials, without common padding ``(R', K' T, N')``."""
-    neurons = slice(max(num_neurons[rows]))
+def _piece(y: Tensor, mask: Tensor, center: Tensor, rows: slice, trials: slice, neurons: slice) -> Tensor:
+    """Rows of ``mask (y - center)`` of a block, ``(R', K' T, N')``."""
     x = torch.sub(y[rows, trials, :, neurons], center[rows, None, None, neurons])
     if everywhere(mask) is mask:
         x.mul_(mask[rows, trials, :, neurons].to(x.dtype))

@@ -298,7 +298,59 @@ def test_rollouts_take_one_pass_a_depth():
     rollout = torch.tensor([[0, 1, 1, 1, 0, 1, 1], [0, 0, 1, 0, 0, 0, 1]]).bool()
     loc, scale = encoder(2, num_steps=7)
     RolloutPath(loc, scale, chain(7, batch=(2,), transition=transition), rollout).rsample()
-    assert calls == [2, 2, 1]  # depth 1: two bins of each trial; depth 2: two of the first; depth 3: one
+    # One state to see whether it tells the trials apart; depth 1: four bins of both trials; depth 2: two; depth 3: one.
+    assert calls == [1, 4, 2, 1]
+
+
+TELLS_APART = torch.linspace(-1.0, 1.0, 6, dtype=torch.float64).view(3, 2, 1, 1)  # (recording, trial, 1, 1)
+TRIALS = {
+    "in the mean": lambda z: dist.Normal(torch.tanh(z) + TELLS_APART, 1e-300 + 0 * z),
+    "in the scale": lambda z: dist.Normal(torch.tanh(z), 1e-300 * (2 + TELLS_APART)),
+    "and insists on them": lambda z: dist.Normal(
+        torch.tanh(z) + TELLS_APART.expand(*z.shape[:-1], 1), torch.full_like(z, 1e-300)
+    ),
+    "of a recording only": lambda z: dist.Normal(
+        torch.tanh(z) + TELLS_APART[:, :1], torch.full_like(z, 1e-300)
+    ),
+}
+
+
+@pytest.mark.parametrize("sample_shape", [(), (2,)])
+@pytest.mark.parametrize("trials", TRIALS)
+def test_rollouts_of_a_transition_that_tells_trials_apart(trials, sample_shape):
+    move = TRIALS[trials]
+    prior = chain(9, batch=(3, 2), transition=lambda z: move(z).to_event(1))
+    torch.manual_seed(0)
+    rollout = torch.rand(3, 2, 9) < 0.6
+    z = RolloutPath(*encoder(3, 2, num_steps=9), prior, rollout).rsample(sample_shape)
+    for t in range(1, 9):
+        moved = move(z[..., t - 1 : t, :]).mean[..., 0, :]
+        torch.testing.assert_close(z[..., t, :][..., rollout[..., t], :], moved[..., rollout[..., t], :])
+
+
+@pytest.mark.parametrize(
+    "rollout, widths",
+    [
+        ([[[1, 1, 1, 1], [1, 1, 1, 1]], [[1, 0, 1, 0], [1, 0, 1, 0]]], [2, 2, 2]),  # trials end in runs
+        ([[[0, 1, 0, 1], [0, 0, 0, 0]], [[0, 1, 1, 0], [0, 0, 0, 1]]], [2, 1]),
+        ([[[0, 1, 0, 1]], [[0, 1, 1, 1]]], [2, 1, 1]),
+        ([[[0, 0, 0, 0]] * 2] * 2, []),
+    ],
+    ids=["to the end", "ragged", "one trial", "none"],
+)
+def test_rollouts_of_all_trials_of_a_recording_are_side_by_side(rollout, widths):
+    """So that no pass has more rows than the recording that needs most."""
+    shapes = []
+
+    def transition(z):
+        shapes.append(z.shape[:-1])
+        return step(z)
+
+    rollout = torch.tensor(rollout).bool()
+    loc, scale = encoder(*rollout.shape[:2], num_steps=4)
+    prior = chain(4, batch=rollout.shape[:2], transition=transition)
+    assert RolloutPath(loc, scale, prior, rollout).rsample().shape == loc.shape
+    assert shapes == [(2, 1, 1), *((2, 1, width) for width in widths)]
 
 
 @pytest.mark.parametrize("shape", [(20, 11), (2, 3, 6), (1, 2), (4, 1), (7,)])

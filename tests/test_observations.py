@@ -24,17 +24,20 @@ def pieces(request, monkeypatch):
 
 
 def masks() -> dict[str, torch.Tensor]:
-    neurons = torch.arange(SHAPE[3]) < torch.tensor([6, 2, 4])[:, None]
+    neurons = torch.arange(SHAPE[3]) < torch.tensor(NUMBERS)[:, None]
     steady = neurons[:, None, None, :].expand(SHAPE)
     return {"steady": steady, "missing": steady & (torch.rand(SHAPE) < 0.7)}
 
 
-def gaussian(x, parameter):
-    return NeuronNormal(x, parameter.exp()[:, None, None]), [x, parameter]
+NUMBERS = (6, 2, 4)  # of neurons: as the masks say
 
 
-def poisson(x, parameter):
-    return SaturatingPoisson(x, parameter.detach()[:, None, None]), [x]
+def gaussian(x, parameter, **known):
+    return NeuronNormal(x, parameter.exp()[:, None, None], **known), [x, parameter]
+
+
+def poisson(x, parameter, **known):
+    return SaturatingPoisson(x, parameter.detach()[:, None, None], **known), [x]
 
 
 def plain_gaussian(x, parameter, y):
@@ -45,11 +48,14 @@ def plain_poisson(x, parameter, y):
     return dist.Poisson(1 / ((-x).exp() + (-parameter[:, None, None]).exp())).log_prob(y)
 
 
+@pytest.mark.parametrize("known", [{}, {"num_neurons": NUMBERS}], ids=["", "numbers known"])
 @pytest.mark.parametrize("kind", ["steady", "missing"])
 @pytest.mark.parametrize(
     "family, plain", [(gaussian, plain_gaussian), (poisson, plain_poisson)], ids=["gaussian", "poisson"]
 )
-def test_sums_over_trials_are_those_of_the_plain_formula_in_value_and_gradient(family, plain, kind, pieces):
+def test_sums_over_trials_are_those_of_the_plain_formula_in_value_and_gradient(
+    family, plain, kind, known, pieces
+):
     torch.manual_seed(0)
     mask = masks()[kind]
     x = torch.randn(SHAPE, dtype=DOUBLE, requires_grad=True)
@@ -57,7 +63,7 @@ def test_sums_over_trials_are_those_of_the_plain_formula_in_value_and_gradient(f
     y = torch.poisson(torch.full(SHAPE, 1.5, dtype=DOUBLE))
     y[0, 0, 0, :3] = torch.tensor([0.0, 256.0, 400.0])  # beyond the table of factorials too
     weight = torch.randn(SHAPE[:2], dtype=DOUBLE)
-    made, leaves = family(x, parameter)
+    made, leaves = family(x, parameter, **known)
     total = observed(made, mask).log_prob(y)
     expected = (plain(x, parameter, y) * mask).sum((-1, -2))
     torch.testing.assert_close(total, expected, rtol=1e-12, atol=1e-12)
@@ -156,12 +162,23 @@ def test_blocks_cover_everything_once(shape, threads, pieces, monkeypatch):
     x = torch.zeros(shape, requires_grad=True)
     y = torch.zeros(shape)
 
-    def work(rows: slice, trials: slice) -> None:
-        assert y[rows, trials].is_contiguous() and not torch.is_grad_enabled()
-        y[rows, trials] += 1 + x[rows, trials]
+    def work(rows: slice, trials: slice, neurons: slice) -> None:
+        assert y[rows, trials, :, neurons].is_contiguous() and not torch.is_grad_enabled()
+        y[rows, trials, :, neurons] += 1 + x[rows, trials, :, neurons]
 
     blocks.each_block(x, work)
     assert (y == 1).all() and torch.is_grad_enabled()
+
+
+def test_blocks_cover_all_neurons_once_and_no_padding_that_is_common_to_them(pieces):
+    y, real = torch.zeros(SHAPE), masks()["steady"]
+
+    def work(rows: slice, trials: slice, neurons: slice) -> None:
+        assert neurons.stop == max(NUMBERS[rows])
+        y[rows, trials, :, neurons] += 1
+
+    blocks.each_block(y, work, NUMBERS)
+    assert (y[real] == 1).all() and (y <= 1).all()
 
 
 @pytest.mark.parametrize("family", [gaussian, poisson])
@@ -180,7 +197,7 @@ def test_any_number_of_threads_gives_the_same_numbers(family, monkeypatch):
 
 
 def test_an_error_in_a_thread_is_raised():
-    def work(rows: slice, trials: slice) -> None:
+    def work(rows: slice, trials: slice, neurons: slice) -> None:
         raise ZeroDivisionError
 
     with pytest.raises(ZeroDivisionError):

@@ -88,7 +88,8 @@ def test_one_recordings_embedding_changes_its_dynamics_alone():
 
 @pytest.mark.parametrize("size", [1, 60, 10**6])
 @pytest.mark.parametrize("lead", [(), (4,), (2, 3)])
-def test_linear_by_recording_is_a_loop(lead, size, monkeypatch):
+@pytest.mark.parametrize("num_neurons", [None, (4, 6, 1)])
+def test_linear_by_recording_is_a_loop(num_neurons, lead, size, monkeypatch):
     """In value and gradient, in pieces of any size."""
     monkeypatch.setattr(blocks, "CACHED", size)
     torch.manual_seed(0)
@@ -96,10 +97,12 @@ def test_linear_by_recording_is_a_loop(lead, size, monkeypatch):
         torch.randn(s, dtype=DOUBLE, requires_grad=True) for s in ((*lead, 3, 5, 4, 2), (3, 2, 6), (3, 6))
     ]
     x, weight, bias = leaves
-    out = linear_by_recording(x, weight, bias)
+    out = linear_by_recording(x, weight, bias, num_neurons)
     expected = torch.stack([x[..., r, :, :, :] @ weight[r] + bias[r] for r in range(3)], -4)
     close(out, expected)
     probe = torch.randn_like(out)
+    if num_neurons is not None:  # the rest is padding
+        probe *= (torch.arange(6) < torch.tensor(num_neurons)[:, None])[:, None, None]
     for ours, theirs in zip(
         *(torch.autograd.grad((y * probe).sum(), leaves) for y in (out, expected)), strict=True
     ):
@@ -116,6 +119,8 @@ def test_read_out_takes_the_rows_of_each_recording():
         rows = table.slice(name)
         close(predictor[r, ..., :number], z[r] @ read_out.weight[rows].mT + read_out.bias[rows])
     assert table.slice("b") == slice(2, 5) and table.total == 6
+    assert table.counts(torch.tensor([2, 1])) == (1, 3)
+    assert table.counts(torch.tensor([2, 1], device="meta")) is None  # nor would it be read on a GPU
 
 
 @pytest.mark.parametrize("counts", [False, True])
