@@ -71,6 +71,13 @@ class AmortizedGuide(nn.Module, ABC):
     ) -> TorchDistribution:
         """``q(z_k | y_k, e_i)``, event ``(time, latent_dim)``; the first three as of :meth:`common_space`."""
 
+    def start_posterior(self, noise: Tensor) -> None:  # noqa: B027
+        """Start the posterior of the latents near the frame; a guide that starts otherwise leaves it.
+
+        Args:
+            noise: sd of the frame's own noise, ``(latent_dim,)``; 0 where it is not known.
+        """
+
     def embedding_posterior(self, statistics: Tensor) -> TorchDistribution:
         """``q(e_i | y)`` from the mean over trials of the encoder's means and variances ``(R, 2 embedding_dim)``."""
         loc, variance = statistics.unsqueeze(-2).chunk(2, -1)

@@ -76,6 +76,13 @@ class DKF(AmortizedGuide):
             self.rnn.weight_out.mul_(0.1)
             self.rnn.bias_out[model.latent_dim :] = -2.3
 
+    @torch.no_grad()
+    def start_posterior(self, noise: Tensor) -> None:
+        # Nothing is added to the frame: what a random network adds is larger than the noise of many neurons.
+        self.rnn.weight_out.zero_()
+        self.rnn.bias_out[: len(noise)] = 0.0
+        self.rnn.bias_out[len(noise) :] = noise.where(noise > 0, 0.1).clamp(0.002, 1.0).log()
+
     def latents_posterior(
         self, ybar: Tensor, frame: Tensor, share: Tensor, e: Tensor, prior: MarkovPath, batch: Batch
     ) -> RolloutPath:

@@ -206,6 +206,8 @@ def _write_noise(model, guide, z: Tensor, bins: Tensor, batch: Batch) -> None:
         shared = (residual[:, :, 1:] * residual[:, :, :-1])[pairs].mean(0) if pairs.any() else 0.0
         noise = torch.maximum(variance + 2 * shared, 0.05 * variance)
         model.process_noise.log_scale.copy_(noise.sqrt().clamp(0.002, 1.0).log())
+        if float(guide.smoothing) == 0 and pairs.any():  # noise that is smoothed is not as this has it
+            guide.start_posterior((-shared).clamp(min=0.0).sqrt())
     first = z[:, :, 0][bins[:, :, 0]]
     if len(first) > 1:
         model.initial.loc.copy_(first.mean(0))

@@ -29,6 +29,8 @@ class Steps:
         warm_start_steps, num_steps: of :func:`pyro_metassm.fit`.
         trials_per_step: trials of each recording and step of SVI, in fits and adaptations.
         learning_rate: of SVI in fits.
+        rollout_probability: of the guide, but for the plain recipe, which has the guide's own default. High, since
+            forecasts are what is scored: one-step terms at noisy states teach dynamics that decay too fast near rest.
         num_starts, search_steps, adapt_steps: of :func:`pyro_metassm.adapt`.
         plain_steps, plain_learning_rate: SVI of the plain recipe, from a random start.
         plain_adapt_steps, plain_adapt_learning_rate: its adaptation, SVI of read-ins and likelihoods alone.
@@ -38,6 +40,7 @@ class Steps:
     num_steps: int = 100
     trials_per_step: int = 8
     learning_rate: float = 1e-2
+    rollout_probability: float = 0.8
     num_starts: int = 1024
     search_steps: int = 300
     adapt_steps: int = 50
@@ -134,7 +137,7 @@ def train(
             embedding_dim=sizes.embedding_dim,
             likelihood=_likelihood(recs),
         )
-        guide = DKF(model)
+        guide = DKF(model) if method.plain else DKF(model, rollout_probability=steps.rollout_probability)
     options: dict[str, Any] = {
         "num_steps": steps.plain_steps if method.plain else steps.num_steps,
         "learning_rate": steps.plain_learning_rate if method.plain else steps.learning_rate,
