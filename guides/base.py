@@ -71,11 +71,11 @@ class AmortizedGuide(nn.Module, ABC):
     ) -> TorchDistribution:
         """``q(z_k | y_k, e_i)``, event ``(time, latent_dim)``; the first three as of :meth:`common_space`."""
 
-    def start_posterior(self, noise: Tensor) -> None:  # noqa: B027
+    def start_posterior(self, noise: Tensor) -> None:
         """Start the posterior of the latents near the frame; a guide that starts otherwise leaves it.
 
         Args:
-            noise: sd of the frame's own noise, ``(latent_dim,)``; 0 where it is not known.
+            noise: sd of the frame's own noise, ``(latent_dim,)``.
         """
 
     def embedding_posterior(self, statistics: Tensor) -> TorchDistribution:

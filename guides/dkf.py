@@ -81,7 +81,7 @@ class DKF(AmortizedGuide):
         # Nothing is added to the frame: what a random network adds is larger than the noise of many neurons.
         self.rnn.weight_out.zero_()
         self.rnn.bias_out[: len(noise)] = 0.0
-        self.rnn.bias_out[len(noise) :] = noise.where(noise > 0, 0.1).clamp(0.002, 1.0).log()
+        self.rnn.bias_out[len(noise) :] = noise.clamp(0.002, 1.0).log()
 
     def latents_posterior(
         self, ybar: Tensor, frame: Tensor, share: Tensor, e: Tensor, prior: MarkovPath, batch: Batch

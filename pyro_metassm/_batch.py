@@ -13,6 +13,7 @@ from torch import Tensor
 
 from pyro_metassm import _checks as checks
 from pyro_metassm._recording import Recording
+from pyro_metassm.blocks import share
 
 
 @dataclass(frozen=True, eq=False)
@@ -122,7 +123,7 @@ def collate(
         seen[: recording.num_neurons] = ~recording.held_out_neurons
 
     shape = (len(chosen), num_trials, int(lengths.max()))
-    observations = torch.zeros(*shape, max(num_neurons), dtype=dtype, device=device)
+    observations = torch.empty(*shape, max(num_neurons), dtype=dtype, device=device)
     neurons = moved(np.arange(max(num_neurons)) < np.array(num_neurons)[:, None], device)
     # Where nothing is missing the mask says the same in every bin, and takes no memory.
     complete = bool((lengths == shape[2]).all()) and all(recording.complete for recording in chosen)
@@ -131,15 +132,20 @@ def collate(
     num_inputs = num_inputs_of(chosen[0])
     inputs = torch.zeros(*shape, num_inputs, dtype=dtype, device=device) if num_inputs else None
     all_rows = moved(np.concatenate(indices), device).split([len(index) for index in indices])
-    for r, (recording, rows) in enumerate(zip(chosen, all_rows, strict=True)):
-        time = int(lengths[r].max())
+
+    def fill(r: int) -> None:
+        recording, rows, time = chosen[r], all_rows[r], int(lengths[r].max())
         where = (r, slice(len(rows)), slice(time), slice(recording.num_neurons))
         values, observed, given = recording.on(dtype, device)
+        for trial, bin_, neuron in ((len(rows), 0, 0), (0, time, 0), (0, 0, recording.num_neurons)):
+            observations[r, trial:, bin_:, neuron:] = 0.0  # the padding
         observations[where] = values[:, :time].index_select(0, rows)
         if not complete:
             mask[where] = observed[:, :time].index_select(0, rows)
         if inputs is not None and given is not None:
             inputs[r, : len(rows), :time] = given[:, :time].index_select(0, rows)
+
+    share(fill, len(chosen), observations)
     scale = [[recording.num_trials / len(index)] for recording, index in zip(chosen, indices, strict=True)]
     return Batch(
         names=chosen_names,

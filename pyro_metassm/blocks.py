@@ -54,16 +54,25 @@ def each_block(
     on the number of threads.
     """
     groups = blocks(x.shape, x.device, num_neurons)
+
+    def work_on(number: int) -> None:
+        for block in groups[number]:
+            work(*block)
+
+    share(work_on, len(groups), x)
+
+
+def share(work: Callable[[int], None], number: int, x: Tensor) -> None:
+    """``work(0) ... work(number - 1)``, without gradients: among threads where ``x``, what it is about, is large."""
     taken = itertools.count()
 
     def worker(_: int) -> None:
         with torch.no_grad():  # which holds for a thread
-            while (number := next(taken)) < len(groups):
-                for block in groups[number]:
-                    work(*block)
+            while (mine := next(taken)) < number:
+                work(mine)
 
     threads = native.threads if native.threads and x.numel() >= LARGE and x.device.type == "cpu" else 1
-    native.on_threads(worker, min(threads, len(groups)))
+    native.on_threads(worker, min(threads, number))
 
 
 def everywhere(mask: Tensor) -> Tensor:

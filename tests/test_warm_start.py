@@ -154,9 +154,34 @@ def test_the_process_noise_is_told_from_the_noise_of_the_frame(sd):
     assert ((model.process_noise().detach() ** 2 - expected).abs() < 5 * error).all()
     if sd:  # taken at face value the residuals would say something else
         assert (v - expected > 10 * error).all()
+    # Less the covariance of neighbours, ``A_ii s^2``, is what the guide's posterior starts from.
+    variance = (2 * guide.rnn.bias_out[2:].detach()).exp()
+    noise = torch.maximum(sd**2 * own, 0.05 * v)
+    assert ((variance - noise).abs() < 5 * ((v**2 + 2 * c**2) / (2 * trials * bins)).sqrt()).all()
     first = rubbish[:, :, 0].flatten(0, 1)
     torch.testing.assert_close(model.initial.loc.detach(), first.mean(0))
     torch.testing.assert_close(model.initial.scale.detach(), first.std(0))
+
+
+@pytest.mark.parametrize("noise", [0.0, 0.7])
+def test_the_posterior_starts_as_the_frame(noise):
+    """With its noise where that is known, as it is without smoothing."""
+    recs = data(noise)
+    model, guide, *_ = parts(recs)
+    before = guide.rnn.bias_out.detach().clone()
+    options = {"num_steps": 1, "learning_rate": 1e-12, "warm_start_steps": 20, "progress": False}
+    fit = pm.fit(model, guide, recs, **options)
+    batch = recs.batch(fit.model.names, dtype=torch.double)
+    with torch.no_grad():
+        ybar, frame, share = fit.guide.common_space(batch)
+        e = fit.statistics[:, None, :1].double()
+        q = fit.guide.latents_posterior(ybar, frame, share, e, fit.model.path_prior(e, batch), batch)
+    if noise:
+        torch.testing.assert_close(fit.guide.rnn.bias_out.detach(), before)
+        assert (q.scale - 0.1).abs().max() < 0.05 and not torch.equal(q.loc, frame)
+    else:
+        torch.testing.assert_close(q.loc, frame, rtol=0, atol=1e-9)
+        assert q.scale.std(0).max() < 1e-9 and q.scale.max() < 0.1
 
 
 @pytest.mark.parametrize(("shape", "names"), [((1, 1), "ab"), ((1, 2), "a"), ((3, 1), "a")])
