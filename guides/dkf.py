@@ -27,7 +27,8 @@ class DKF(AmortizedGuide):
         common_dim: size of a second, shared linear layer with normalisation after the read-in; None for none.
         hidden_dim: width of the recurrent network, each direction.
         rollout_probability: while training, the probability that a bin's state is the dynamics applied to the state
-            before it (the bin's KL vanishes: still a valid bound). It teaches the dynamics to carry several steps.
+            before it (the bin's KL vanishes: still a valid bound). It teaches the dynamics to carry several steps:
+            0.8 forecasts better where the noise of the states is not small beside them, 0.2 reconstructs better.
         embedding_encoder: :class:`~pyro_metassm.guides.encoders.SetEncoder` or ``RecurrentEncoder``.
         detach_embedding: cut the gradient of ``e`` where it enters the state encoder.
 
