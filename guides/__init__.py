@@ -8,3 +8,4 @@ if not __name__.startswith("pyro_metassm."):
 from pyro_metassm.guides.base import AmortizedGuide as AmortizedGuide
 from pyro_metassm.guides.dkf import DKF as DKF
 from pyro_metassm.guides.exact import ExactSmoother as ExactSmoother
+from pyro_metassm.sites import check as check

@@ -12,6 +12,7 @@ from pyro.distributions import TorchDistribution
 from pyro.nn import PyroModule
 from torch import Tensor, nn
 
+from pyro_metassm.describing import describe
 from pyro_metassm.distributions import MarkovPath
 from pyro_metassm.dynamics import LowRankMLP
 from pyro_metassm.likelihoods import Gaussian, Likelihood
@@ -129,6 +130,10 @@ class MetaSSM(PyroModule):
     def names(self) -> tuple[str, ...]:
         """The recordings that the model knows, in the order of its rows."""
         return self.neurons.names
+
+    def describe(self) -> str:
+        """The generative model as text: its sites with their distributions, plates and events, and its parameters."""
+        return describe(self)
 
     # ---- the hooks: override any of them ------------------------------------------------------------------------
 

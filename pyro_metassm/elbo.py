@@ -12,6 +12,7 @@ from pyro.poutine.util import prune_subsample_sites
 from torch import Tensor
 
 from pyro_metassm.distributions import conditional_kl
+from pyro_metassm.sites import mismatches
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,8 @@ class SequentialELBO(ELBO):
         guide_trace = poutine.trace(guide).get_trace(*args, **kwargs)
         model_trace = poutine.trace(poutine.replay(model, trace=guide_trace)).get_trace(*args, **kwargs)
         guide_trace, model_trace = prune_subsample_sites(guide_trace), prune_subsample_sites(model_trace)
-        check_sites(model_trace, guide_trace)
+        if found := mismatches(model_trace, guide_trace):
+            raise ValueError(found[0])
         log_likelihood: Tensor = torch.zeros(())
         by_recording: Tensor = torch.zeros(())
         kl = {}
@@ -89,35 +91,3 @@ class SequentialELBO(ELBO):
 
     def _get_trace(self, model, guide, args, kwargs):
         raise NotImplementedError("SequentialELBO makes its traces in `terms`")
-
-
-def check_sites(model_trace: poutine.Trace, guide_trace: poutine.Trace) -> None:
-    """Every latent site of the model has its partner in the guide, and the reverse.
-
-    Raises:
-        ValueError: naming the sites, and what to do.
-    """
-
-    def latent(trace: poutine.Trace) -> set[str]:
-        return {n for n, s in trace.nodes.items() if s["type"] == "sample" and not s["is_observed"]}
-
-    lacking, unknown = latent(model_trace) - latent(guide_trace), latent(guide_trace) - latent(model_trace)
-    unknown -= {n for n in unknown if guide_trace.nodes[n]["infer"].get("is_auxiliary")}
-    if lacking:
-        raise ValueError(
-            f"the guide lacks the model's latent site(s) {sorted(lacking)}; needed a posterior for each: subclass "
-            "the guide and sample them in its forward before calling super().forward(batch), e.g. "
-            "pyro.sample(name, dist.Delta(parameter).to_event(...)), or make them parameters of the model"
-        )
-    if unknown:
-        raise ValueError(
-            f"the guide samples {sorted(unknown)}, which the model does not have; remove them from the guide"
-        )
-    for name in sorted(latent(model_trace)):
-        p, q = (tuple(trace.nodes[name]["fn"].batch_shape) for trace in (model_trace, guide_trace))
-        if p != q:  # its KL would be counted as often as the larger of the two
-            raise ValueError(
-                f"latent site {name!r}: needed one batch shape in model and guide, got {p} and {q}; sample it "
-                "inside the same plates in both (inside the recording plate are the model's embedding_prior and the "
-                "guide's embedding_posterior)"
-            )

@@ -95,35 +95,49 @@ def joined(first: tuple[Any, Any], second: tuple[Any, Any]) -> tuple[Any, Any]:
 def tables(model, guide) -> list[dict[str, str]]:
     """Which tensors of either are tables: their names, and whether a row is a ``"recording"`` or a ``"neuron"``.
 
-    It shows in another pair, whose numbers of recordings and of neurons are none of these.
-
     Raises:
         ValueError: a tensor that depends on the recordings in another way; modules that cannot be built again.
     """
+    probe = _probe(model)
+    others = build(_specifications(model, guide), probe)
+    return [_tables(*pair, model.neurons, probe) for pair in zip((model, guide), others, strict=True)]
+
+
+def tables_of(model) -> dict[str, str]:
+    """As :func:`tables`, of the model alone."""
+    probe = _probe(model)
+    with torch.random.fork_rng(devices=[]):
+        other = construct(type(model), model.config, probe)
+    return _tables(model, other, model.neurons, probe)
+
+
+def _probe(model) -> NeuronTable:
+    """Recordings whose numbers, of them and of neurons, are none of the model's."""
     recordings, extra = len(model.names) + 1, model.neurons.total + 2
-    probe = NeuronTable([f"{n}" for n in range(recordings)], [extra] + [1] * (recordings - 1))
-    found = []
-    for source, other in zip((model, guide), build(_specifications(model, guide), probe), strict=True):
-        shapes, own = other.state_dict(), {}
-        for key, value in source.state_dict().items():
-            shape = shapes[key].shape if key in shapes else value.shape
-            if shape == value.shape:
-                continue
-            sizes = {
-                "recording": (len(model.names), recordings),
-                "neuron": (model.neurons.total, probe.total),
-            }
-            both = (*value.shape[:1], *shape[:1]) if shape[1:] == value.shape[1:] else ()
-            per = next((what for what, pair in sizes.items() if pair == both), None)
-            if per is None:
-                raise ValueError(
-                    f"{type(source).__name__}.{key}: needed a tensor whose first dimension is the recordings or all "
-                    f"neurons, or one that depends on neither, got {tuple(value.shape)}, and {tuple(shape)} built from "
-                    f"its configuration for {recordings} recordings of {probe.total} neurons"
-                )
-            own[key] = per
-        found.append(own)
-    return found
+    return NeuronTable([f"{n}" for n in range(recordings)], [extra] + [1] * (recordings - 1))
+
+
+def _tables(source, other, neurons: NeuronTable, probe: NeuronTable) -> dict[str, str]:
+    """The tensors that have another size in another pair."""
+    shapes, own = other.state_dict(), {}
+    for key, value in source.state_dict().items():
+        shape = shapes[key].shape if key in shapes else value.shape
+        if shape == value.shape:
+            continue
+        sizes = {
+            "recording": (len(neurons.names), len(probe.names)),
+            "neuron": (neurons.total, probe.total),
+        }
+        both = (*value.shape[:1], *shape[:1]) if shape[1:] == value.shape[1:] else ()
+        per = next((what for what, pair in sizes.items() if pair == both), None)
+        if per is None:
+            raise ValueError(
+                f"{type(source).__name__}.{key}: needed a tensor whose first dimension is the recordings or all "
+                f"neurons, or one that depends on neither, got {tuple(value.shape)}, and {tuple(shape)} built from "
+                f"its configuration for {len(probe.names)} recordings of {probe.total} neurons"
+            )
+        own[key] = per
+    return own
 
 
 def _specifications(model, guide) -> list[tuple[type, dict]]:

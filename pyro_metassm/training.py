@@ -17,7 +17,7 @@ from tqdm.auto import tqdm
 
 from pyro_metassm import _checks as checks
 from pyro_metassm import _machine as machine
-from pyro_metassm import checkpoints
+from pyro_metassm import checkpoints, sites
 from pyro_metassm import warm_start as starts
 from pyro_metassm.elbo import SequentialELBO
 from pyro_metassm.guides.base import AmortizedGuide
@@ -223,6 +223,8 @@ class Trainer:
         names = self.recs.names
         batch = self.batch(trials={name: [0] for name in names})
         with torch.random.fork_rng(), torch.no_grad(), pyro.validation_enabled(True):
+            if found := sites.compare(self.model, self.guide, batch):
+                raise ValueError("\n".join(found))
             self.elbo.terms(self.model, self.guide, batch)
 
     def warm_start(self, bar: tqdm) -> None:
