@@ -12,14 +12,14 @@ ROOT = Path(__file__).resolve().parents[1]
 LAYERS: tuple[set[str], ...] = (
     {
         "_batch", "_checks", "_machine", "_recording", "_summary",
-        "adaptations", "blocks", "capture", "distributions", "dynamics", "io", "likelihoods", "native", "neurons",
-        "observations", "products", "recordings", "simulate",
+        "adaptations", "blocks", "capture", "describing", "distributions", "dynamics", "io", "likelihoods", "native",
+        "neurons", "observations", "products", "rebuilding", "recordings", "simulate", "sites",
     },
     {"models"},
     {"guides"},
     {
         "adaptation", "checkpoints", "elbo", "few_shot", "frames", "history", "optimizers", "posterior", "read_outs",
-        "rebuilding", "result", "saving", "training", "trees", "warm_start", "windows",
+        "result", "saving", "training", "trees", "warm_start", "windows",
     },
     {"_embedding_plot", "_flow_plots", "_scores", "analysis", "metrics", "plots"},
     {"__main__", "cli", "experiments"},
