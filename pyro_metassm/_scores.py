@@ -82,6 +82,21 @@ def bits_per_spike(rates: Any, spikes: Any, null_rates: Any = None) -> float:
     return float(gain / (count * np.log(2.0))) if count else float("nan")
 
 
+def spike_information(rates: np.ndarray, spikes: np.ndarray) -> np.ndarray:
+    """What :func:`bits_per_spike` gains over each neuron's mean rate, of every trial ``(trial,)``, in nats.
+
+    Args:
+        rates: expected counts per bin ``(trial, time, neuron)``; NaN only where there are no spikes.
+        spikes: counts, NaN where there are none.
+    """
+    null = np.broadcast_to(_mean(spikes, (0, 1)), spikes.shape)
+    gains = np.zeros(len(spikes))
+    for trial, (y, r, r0) in enumerate(zip(spikes, rates, null, strict=True)):
+        seen = ~np.isnan(y)
+        gains[trial] = _poisson(y[seen], r[seen], "rates") - _poisson(y[seen], r0[seen], "null_rates")
+    return gains
+
+
 def velocity_r2(
     train_rates: Any,
     train_velocity: Any,

@@ -12,6 +12,7 @@ import pyro
 import torch
 import xarray as xr
 from pyro import poutine
+from pyro.distributions import TorchDistribution
 from torch import Tensor
 
 from pyro_metassm import _checks as checks
@@ -34,6 +35,7 @@ class Chunk:
     batch: Batch
     embedding: Tensor  # (S, 1, 1, embedding_dim)
     latents: Tensor  # (S, 1, K, T, latent_dim)
+    path: TorchDistribution  # of the guide, that these latents were drawn from (up to the context)
 
 
 def posterior(
@@ -251,8 +253,8 @@ def posterior_chunks(
                 known: dict[str, Tensor] = {} if embedding is None else {"embedding": embedding}
                 with pyro.plate("draw", draws.stop - draws.start, dim=-3):
                     sites = poutine.trace(poutine.condition(fit.guide, data=known)).get_trace(batch).nodes
-                embedding = sites["embedding"]["value"]
-                yield Chunk(draws, trials, batch, embedding, sites["latents"]["value"])
+                embedding, latents = sites["embedding"]["value"], sites["latents"]
+                yield Chunk(draws, trials, batch, embedding, latents["value"], latents["fn"])
 
 
 def forecast_chunks(

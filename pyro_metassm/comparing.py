@@ -1,0 +1,267 @@
+"""Which of several fits describes held-out trials best: scores, and the standard errors of their differences."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Mapping
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor
+
+from pyro_metassm import _checks as checks
+from pyro_metassm._scores import spike_information
+from pyro_metassm.metrics import mean_rates
+from pyro_metassm.observations import observed
+from pyro_metassm.posterior import (
+    forecast_chunks,
+    forecast_trials,
+    observation,
+    posterior_chunks,
+    to_numpy,
+)
+from pyro_metassm.recordings import Recordings
+from pyro_metassm.result import Fit
+
+LOWER_IS_BETTER = ("crps",)
+RELIABLE = 0.7  # Pareto shape up to which importance sampling can be trusted (Vehtari et al., 2024)
+SITES = {"kl_embedding", "kl_latents"}
+
+
+def compare(
+    fits: Mapping[str, Fit],
+    test: Recordings,
+    *,
+    context: int | None = None,
+    horizon: int | None = None,
+    num_samples: int = 100,
+    seed: int = 0,
+) -> pd.DataFrame:
+    r"""Scores of several fits on trials that none of them has seen, beside one another.
+
+    With draws ``e ~ q(e)`` from the training trials, ``z_s ~ q(z | y, e)`` and the weights
+    ``w_s = p(y | z_s) p(z_s | e) / q(z_s | y, e)`` of every trial, the columns are, higher is better but for ``crps``:
+
+    - ``elbo``: ``mean log w_s``, and ``iw``: ``log mean w_s``, a tighter bound of the log density of a trial given the
+      training data (Burda et al., 2016); nats per trial. ``psis``: the same with Pareto-smoothed weights, what
+      leave-one-out cross-validation estimates from training trials; its ``khat`` tells whether to trust it;
+    - ``bits_per_spike`` of counts: of the neurons that the guide does not see, where there are any, else of all;
+    - of forecasts from bin ``context`` on: ``forecast_log_score``, ``log mean_s p(y_tn | z_s)`` (nats), ``crps`` (in
+      units of the data), both per bin and neuron, and ``forecast_bits_per_spike`` of counts.
+
+    Args:
+        fits: by name; all know the recordings.
+        test: trials that were not trained on. Trials are exchangeable, time bins are not: every score is of trials.
+        context: bins that forecasts are given; default half of the median length.
+        horizon: bins forecast; default up to that length.
+        num_samples: draws behind every score.
+        seed: of the draws.
+
+    Returns:
+        a row for each fit, the highest ``psis`` first; columns ``(score, "mean")``, ``(score, "difference")`` from the
+        best fit by that score, and ``(score, "se")``, the standard error over trials of that difference;
+        ``("khat", "mean")``, and ``("khat", "above 0.7")``, the share of trials whose weights are not to be trusted.
+
+    Raises:
+        ValueError: no fit, an unknown recording, latent sites besides the embedding and the latents, no trial as long
+            as ``context``.
+
+    Example:
+        >>> import pyro_metassm as pm
+        >>> recs = pm.simulate.limit_cycles([2.5, 5.0], num_trials=8, num_steps=20)
+        >>> train, test = recs.split()
+        >>> fits = {}
+        >>> for dim in (1, 2):
+        ...     model = pm.models.MetaSSM(recs, latent_dim=dim, embedding_dim=1)
+        ...     options = {"num_steps": 5, "warm_start_steps": 5, "progress": False}
+        ...     fits[f"{dim} latents"] = pm.fit(model, pm.guides.DKF(model), train, **options)
+        >>> pm.compare(fits, test, num_samples=10).loc["2 latents", ("psis", "difference")] <= 0.0
+        True
+    """
+    if not fits:
+        raise ValueError("compare: needed fits by name, got none")
+    checks.integers(2, num_samples=num_samples)
+    _check(fits, test)
+    context, horizon = _window(test, context, horizon)
+    scores: dict[str, dict[str, np.ndarray]] = {}
+    for name, fit in fits.items():
+        parts = [
+            _densities(fit, test, each, num_samples, seed)
+            | _bits(fit, test, each, num_samples, seed)
+            | _forecasts(fit, test, each, context, horizon, num_samples, seed)
+            for each in test
+        ]
+        shared = [key for key in parts[0] if all(key in part for part in parts)]
+        scores[name] = {key: np.concatenate([part[key] for part in parts]) for key in shared}
+    return _table(scores).sort_values(("psis", "mean"), ascending=False)
+
+
+def _check(fits: Mapping[str, Fit], test: Recordings) -> None:
+    for name, fit in fits.items():
+        more = sorted(
+            str(key).removeprefix("kl_") for key in set(fit.history) - SITES if str(key).startswith("kl_")
+        )
+        if more:
+            raise ValueError(
+                f"compare: {name!r} has the latent sites {more}; needed none besides the embedding and the latents"
+            )
+    discrete = {name: _is_discrete(fit, test) for name, fit in fits.items()}
+    if len(set(discrete.values())) > 1:
+        warnings.warn(
+            "compare: densities of numbers and probabilities of counts are not on one scale; of "
+            f"{[n for n, d in discrete.items() if not d]} (densities) and "
+            f"{[n for n, d in discrete.items() if d]} (counts) compare bits per spike and crps alone",
+            stacklevel=3,
+        )
+
+
+def _is_discrete(fit: Fit, test: Recordings) -> bool:
+    """Whether the fit's observations have probabilities, not densities."""
+    one = test.select(test.names[:1]).take_trials(1)
+    (chunk,) = posterior_chunks(fit, one, one.names[0], 1, 0)
+    return bool(observation(fit.model, chunk.latents, chunk.batch).support.is_discrete)
+
+
+def _window(test: Recordings, context: int | None, horizon: int | None) -> tuple[int, int]:
+    usual = int(np.median(np.concatenate([recording.lengths for recording in test.values()])))
+    context = max(1, usual // 2) if context is None else context
+    horizon = max(1, usual - context) if horizon is None else horizon
+    checks.integers(context=context, horizon=horizon)
+    return context, horizon
+
+
+def _densities(fit: Fit, test: Recordings, name: str, num_samples: int, seed: int) -> dict[str, np.ndarray]:
+    """``elbo``, ``iw``, ``psis`` and ``khat`` of every trial."""
+    log_w = np.empty((num_samples, test[name].num_trials))
+    for chunk in posterior_chunks(fit, test, name, num_samples, seed):
+        y, batch = observation(fit.model, chunk.latents, chunk.batch), chunk.batch
+        terms = observed(y, batch.mask).log_prob(batch.observations)
+        terms = terms + fit.model.path_prior(chunk.embedding, batch).log_prob(chunk.latents)
+        log_w[chunk.draws, chunk.trials] = to_numpy((terms - chunk.path.log_prob(chunk.latents))[:, 0])
+    smoothed, khat = pareto_smoothed(log_w)
+    return {
+        "elbo": log_w.mean(0),
+        "iw": _log_mean(log_w),
+        "psis": _log_mean(smoothed),
+        "khat": khat,
+    }
+
+
+def pareto_smoothed(log_w: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Pareto-smoothed log weights ``(draw, trial)`` on the scale of those given, and the shapes ``(trial,)``.
+
+    Reference: Vehtari et al., Pareto smoothed importance sampling (JMLR 2024); computed by ArviZ.
+    """
+    rows = np.ascontiguousarray(log_w.T)
+    try:
+        from arviz_stats.base import array_stats
+    except ImportError:  # ArviZ 0.x
+        import arviz
+
+        smoothed, khat = arviz.psislw(rows)
+    else:
+        smoothed, khat = array_stats.psislw(rows, axis=-1)
+    smoothed, khat = np.asarray(smoothed), np.atleast_1d(np.asarray(khat, np.float64))
+    # It normalises. Only the largest weights were smoothed: the smallest tells by what.
+    least = rows.argmin(-1)[:, None]
+    shift = np.take_along_axis(rows, least, -1) - np.take_along_axis(smoothed, least, -1)
+    return (smoothed + shift).T, khat
+
+
+def _log_mean(log_w: np.ndarray) -> np.ndarray:
+    """``log mean exp`` over the draws."""
+    return np.logaddexp.reduce(log_w, 0) - math.log(len(log_w))
+
+
+def _bits(fit: Fit, test: Recordings, name: str, num_samples: int, seed: int) -> dict[str, np.ndarray]:
+    """``bits_per_spike``, of counts, such that the mean over trials is that of the recording."""
+    recording = test[name]
+    if not recording.has_counts:
+        return {}
+    rates = mean_rates(fit, test, name, num_samples, seed)
+    chosen = (
+        recording.held_out_neurons if recording.held_out_neurons.any() else slice(None)
+    )  # not seen, or all
+    return _information("bits_per_spike", rates[..., chosen], recording.observations[..., chosen])
+
+
+def _forecasts(
+    fit: Fit, test: Recordings, name: str, context: int, horizon: int, num_samples: int, seed: int
+) -> dict[str, np.ndarray]:
+    """``forecast_log_score``, ``crps`` and ``forecast_bits_per_spike`` of the trials that are long enough."""
+    recording, rows = test[name], forecast_trials(test, name, context)
+    seen = np.full((len(rows), horizon, recording.num_neurons), np.nan)
+    inside = recording.observations[rows, context : context + horizon]
+    seen[:, : inside.shape[1]] = inside
+    with_data = ~np.isnan(seen).all((1, 2))
+    truth = torch.as_tensor(np.nan_to_num(seen), dtype=fit.dtype, device=fit.device)
+    log_density = np.full(seen.shape, -np.inf)
+    distance, spread, mean = (np.zeros(seen.shape) for _ in range(3))
+    position = {trial: row for row, trial in enumerate(rows)}
+    pairs = {}
+    for chunk in forecast_chunks(fit, test, name, rows, context, horizon, num_samples, seed):
+        places = [position[int(trial)] for trial in chunk.trials]
+        y = observation(fit.model, chunk.latents, chunk.batch)
+        log_density[places] = np.logaddexp(log_density[places], _log_sum(y, truth[places]))
+        drawn = y.sample()[:, 0]
+        half = len(drawn) // 2
+        distance[places] += to_numpy((drawn - truth[places]).abs().sum(0))
+        spread[places] += to_numpy((drawn[:half] - drawn[half : 2 * half]).abs().sum(0))
+        mean[places] += to_numpy(y.mean[:, 0].sum(0))
+        pairs[chunk.draws.start] = half
+    scores = {
+        "forecast_log_score": log_density - math.log(num_samples),
+        # E |x - y| - E |x - x'| / 2 (Gneiting and Raftery, 2007), with independent draws x, x'.
+        "crps": distance / num_samples - 0.5 * spread / max(sum(pairs.values()), 1),
+    }
+    result = {key: _mean_of_seen(value, seen)[with_data] for key, value in scores.items()}
+    if recording.has_counts and with_data.any():
+        result |= _information("forecast_bits_per_spike", mean[with_data] / num_samples, seen[with_data])
+    return result
+
+
+def _log_sum(y, truth: Tensor) -> np.ndarray:
+    """``log sum_s p(y_tn | z_s)``, ``(trial, time, neuron)``; of a joint distribution its share of a neuron."""
+    density = y.log_prob(truth)[:, 0]
+    if y.event_shape:
+        density = (density / truth.shape[-1]).unsqueeze(-1).expand(*density.shape, truth.shape[-1])
+    return to_numpy(density.logsumexp(0))
+
+
+def _mean_of_seen(values: np.ndarray, seen: np.ndarray) -> np.ndarray:
+    there = ~np.isnan(seen)
+    return (values * there).sum((1, 2), where=there) / np.maximum(there.sum((1, 2)), 1)
+
+
+def _information(key: str, rates: np.ndarray, spikes: np.ndarray) -> dict[str, np.ndarray]:
+    if (rates < 0).any():
+        return {}  # not those of a count likelihood
+    gain = spike_information(rates, spikes)
+    total = np.nansum(spikes)
+    return {key: gain * (len(spikes) / (total * math.log(2.0)) if total else math.nan)}
+
+
+def _table(scores: Mapping[str, Mapping[str, np.ndarray]]) -> pd.DataFrame:
+    """Means over the trials, and differences from the best with their standard errors, trial by trial."""
+    columns: dict[tuple[str, str], dict[str, float]] = {}
+    names = list(scores)
+    for key in scores[names[0]]:
+        if any(key not in of for of in scores.values()):
+            continue
+        means = {name: float(scores[name][key].mean()) for name in names}
+        columns[key, "mean"] = means
+        if key == "khat":
+            columns[key, f"above {RELIABLE}"] = {
+                name: float((scores[name][key] > RELIABLE).mean()) for name in names
+            }
+            continue
+        best = (min if key in LOWER_IS_BETTER else max)(names, key=means.__getitem__)
+        differences = {name: scores[name][key] - scores[best][key] for name in names}
+        columns[key, "difference"] = {name: float(d.mean()) for name, d in differences.items()}
+        columns[key, "se"] = {
+            name: float(d.std(ddof=1) / math.sqrt(len(d))) if len(d) > 1 else math.nan
+            for name, d in differences.items()
+        }
+    return pd.DataFrame(columns, index=names)
