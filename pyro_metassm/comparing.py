@@ -27,6 +27,7 @@ from pyro_metassm.result import Fit
 
 LOWER_IS_BETTER = ("crps",)
 RELIABLE = 0.7  # Pareto shape up to which importance sampling can be trusted (Vehtari et al., 2024)
+EQUAL = 1e-3  # nats between the largest and the smallest weight, rounding of float32 included
 SITES = {"kl_embedding", "kl_latents"}
 
 
@@ -170,7 +171,11 @@ def pareto_smoothed(log_w: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     # It normalises. Only the largest weights were smoothed: the smallest tells by what.
     least = rows.argmin(-1)[:, None]
     shift = np.take_along_axis(rows, least, -1) - np.take_along_axis(smoothed, least, -1)
-    return (smoothed + shift).T, khat
+    smoothed = smoothed + shift
+    # Equal weights have no tail to smooth; where no tail can be fitted, nothing is to be trusted.
+    equal, failed = np.ptp(rows, -1) < EQUAL, ~np.isfinite(smoothed).all(-1) | np.isnan(khat)
+    smoothed[equal | failed] = rows[equal | failed]
+    return smoothed.T, np.where(equal, 0.0, np.where(failed, np.inf, khat))
 
 
 def _log_mean(log_w: np.ndarray) -> np.ndarray:

@@ -62,8 +62,10 @@ def test_weights_of_a_wrong_proposal_average_to_the_truth():
     assert khat.shape == (2,) and (khat < 0.5).all()
     assert np.log(np.exp(smoothed).mean(0)) == pytest.approx(3.0, abs=0.05)
     assert np.median(np.abs(smoothed - log_w)) < 1e-9  # all but the tail as they were
-    heavy = 3.0 * np.random.default_rng(1).standard_cauchy((500, 1))
-    assert pareto_smoothed(heavy)[1][0] > 0.7
+    heavy = 2.0 * np.random.default_rng(1).standard_exponential((500, 1))  # weights of Pareto shape 2
+    assert pareto_smoothed(heavy)[1][0] > 1.0
+    equal, khat = pareto_smoothed(np.full((50, 1), -7.0))
+    assert (equal == -7.0).all() and khat[0] == 0.0
 
 
 def test_scores_of_forecasts_are_those_of_the_predictive_normal(exact):
