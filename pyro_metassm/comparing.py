@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import warnings
 from collections.abc import Mapping
@@ -156,26 +157,31 @@ def pareto_smoothed(log_w: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
     Reference: Vehtari et al., Pareto smoothed importance sampling (JMLR 2024); computed by ArviZ.
     """
-    rows = np.ascontiguousarray(log_w.T)
+    smoothed, khat = log_w.copy(), np.empty(log_w.shape[1])
+    for trial, weights in enumerate(log_w.T):
+        # Equal weights have no tail to smooth; where no tail can be fitted, nothing is to be trusted.
+        khat[trial] = 0.0 if np.ptp(weights) < EQUAL else np.inf
+        with contextlib.suppress(ValueError):  # of ArviZ, where there are too few draws for a tail
+            found, shape = _psislw(weights) if khat[trial] else (weights, 0.0)
+            # It normalises. Only the largest weights were smoothed: the smallest tells by what.
+            least = weights.argmin()
+            found = found + (weights[least] - found[least])
+            if np.isfinite(found).all() and np.isfinite(shape):
+                smoothed[:, trial], khat[trial] = found, shape
+    return smoothed, khat
+
+
+def _psislw(log_w: np.ndarray) -> tuple[np.ndarray, float]:
+    log_w = np.ascontiguousarray(log_w)
     try:
         from arviz_stats.base import array_stats
     except ImportError:  # ArviZ 0.x
         import arviz
 
-        smoothed, khat = arviz.psislw(rows)
+        found, shape = arviz.psislw(log_w)
     else:
-        smoothed, khat = array_stats.psislw(
-            -rows, axis=-1
-        )  # of log likelihoods, whose inverses are the weights
-    smoothed, khat = np.asarray(smoothed), np.atleast_1d(np.asarray(khat, np.float64))
-    # It normalises. Only the largest weights were smoothed: the smallest tells by what.
-    least = rows.argmin(-1)[:, None]
-    shift = np.take_along_axis(rows, least, -1) - np.take_along_axis(smoothed, least, -1)
-    smoothed = smoothed + shift
-    # Equal weights have no tail to smooth; where no tail can be fitted, nothing is to be trusted.
-    equal, failed = np.ptp(rows, -1) < EQUAL, ~np.isfinite(smoothed).all(-1) | np.isnan(khat)
-    smoothed[equal | failed] = rows[equal | failed]
-    return smoothed.T, np.where(equal, 0.0, np.where(failed, np.inf, khat))
+        found, shape = array_stats.psislw(-log_w)  # of log likelihoods, whose inverses are the weights
+    return np.asarray(found), float(np.asarray(shape))
 
 
 def _log_mean(log_w: np.ndarray) -> np.ndarray:
