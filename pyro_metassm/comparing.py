@@ -64,7 +64,7 @@ def compare(
     Returns:
         a row for each fit, the highest ``psis`` first; columns ``(score, "mean")``, ``(score, "difference")`` from the
         best fit by that score, and ``(score, "se")``, the standard error over trials of that difference;
-        ``("khat", "mean")``, and ``("khat", "above 0.7")``, the share of trials whose weights are not to be trusted.
+        ``("khat", "median")``, and ``("khat", "above 0.7")``, the share of trials whose weights are not to be trusted.
 
     Raises:
         ValueError: no fit, an unknown recording, latent sites besides the embedding and the latents, no trial as long
@@ -264,13 +264,15 @@ def _table(scores: Mapping[str, Mapping[str, np.ndarray]]) -> pd.DataFrame:
     for key in scores[names[0]]:
         if any(key not in of for of in scores.values()):
             continue
-        means = {name: float(scores[name][key].mean()) for name in names}
-        columns[key, "mean"] = means
         if key == "khat":
+            shapes = {name: scores[name][key] for name in names}
+            columns[key, "median"] = {name: float(np.median(of)) for name, of in shapes.items()}
             columns[key, f"above {RELIABLE}"] = {
-                name: float((scores[name][key] > RELIABLE).mean()) for name in names
+                name: float((of > RELIABLE).mean()) for name, of in shapes.items()
             }
             continue
+        means = {name: float(scores[name][key].mean()) for name in names}
+        columns[key, "mean"] = means
         best = (min if key in LOWER_IS_BETTER else max)(names, key=means.__getitem__)
         differences = {name: scores[name][key] - scores[best][key] for name in names}
         columns[key, "difference"] = {name: float(d.mean()) for name, d in differences.items()}
