@@ -393,3 +393,27 @@ def test_every_family_fits_forecasts_and_draws(family):
         y = y[~np.isnan(y).all(-1)]
         assert len(y) and np.isfinite(y).all()
         fit.model.observation.check(Recording("drawn", y[:, None], bin_width=0.02))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", FAMILIES)
+def test_forecasts_of_an_oscillation_explain_what_comes(family):
+    """Data drawn from the family itself: above half of what the true means explain, five bins ahead."""
+    torch.manual_seed(0)
+    rng = np.random.default_rng(0)
+    names, trials, bins, neurons, steps = ["a", "b"], 48, 60, 20, slice(30, 35)
+    frequency = np.array([2.5, 4.0])[:, None, None]
+    phase = 2 * np.pi * (frequency * np.arange(bins) * 0.02 + rng.uniform(size=(2, trials, 1)))
+    x = np.stack([np.cos(phase), np.sin(phase)], -1) @ rng.normal(size=(2, 1, 2, neurons))
+    made = family(NeuronTable(names, [neurons, neurons]))
+    with torch.no_grad():
+        y = made(torch.as_tensor(x).float(), torch.arange(2))
+        drawn, mean = y.sample().numpy(), y.mean.numpy()
+    recs = Recordings([Recording(n, values, bin_width=0.02) for n, values in zip(names, drawn, strict=True)])
+    model = pm.models.MetaSSM(recs, latent_dim=2, embedding_dim=1, likelihood=family)
+    train, test = recs.split(test_fraction=0.25)
+    options = {"num_steps": 100, "warm_start_steps": 300, "progress": False}
+    fit = pm.fit(model, pm.guides.DKF(model), train, **options)
+    found = pm.metrics.forecast_r2(fit, test, context=30, horizon=5, num_samples=30).mean("horizon_step")
+    best = [pm.metrics.r2(values[:, steps], m[:, steps]) for values, m in zip(drawn, mean, strict=True)]
+    assert (found > 0.5 * np.array(best)).all(), (found.values, best)

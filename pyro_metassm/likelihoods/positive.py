@@ -93,12 +93,12 @@ class Gamma(Likelihood):
 
 
 class ZeroInflatedGamma(Gamma):
-    r"""``y = 0`` with probability ``g``, else ``y ~ Gamma(shape k_n, mean mu)``: deconvolved calcium, exactly zero often.
+    r"""``y = 0`` with probability ``g``, else ``y ~ Gamma(shape k_n, mean mu)``: deconvolved calcium, often just zero.
 
     ``logit g = a_n - b_n predictor`` with ``gate = a_n`` and ``slope = b_n`` learned per neuron: a driven neuron may be
     active more often, more strongly, or both. ``mu`` has the link of :class:`Gamma`; the mean is ``(1 - g) mu``.
 
-    Reference: Wei, Zhou, Grosmark et al. (2020), A zero-inflated gamma model for post-deconvolved calcium imaging traces,
+    Reference: Wei, Zhou, Grosmark et al. (2020), A zero-inflated gamma model for deconvolved calcium imaging traces,
     Neurons, Behavior, Data analysis, and Theory 3; here without their shift of the smallest value.
     """
 

@@ -64,8 +64,8 @@ class LowRankGaussian(Likelihood):
     r"""``y ~ Normal(predictor, L_i L_i^T + diag(sd_n^2))`` jointly over the neurons of a bin; identity link.
 
     Noise that neurons share within a bin (movement, a common input without memory) is neither forced into the latents
-    nor taken for private noise. ``L_i (N_i, rank)`` and ``sd_n`` are in the units of the data. Where neurons are missing
-    the density is that of those seen (their marginal). It is factor analysis of the residuals (Everitt 1984).
+    nor taken for private noise: a factor analysis of the residuals. ``L_i (N_i, rank)`` and ``sd_n`` are in the units
+    of the data. Where neurons are missing the density is that of those seen (their marginal).
 
     The class attribute ``rank`` is set by subclassing.
 
