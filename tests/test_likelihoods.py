@@ -319,6 +319,21 @@ def test_joint_distributions_over_the_neurons_count_a_bin_if_any_neuron_was_seen
         observed(dist.Normal(x, 1.0).to_event(2), mask)
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_read_outs_start_at_predictors_of_the_means(family):
+    """But for what the floor and the ceiling of a Gamma take off."""
+    recs = recordings(kind=kind_of(family), shapes={"a": (4, (30, 30))}, missing=False)
+    made = family(NeuronTable.of(recs)).double()
+    made.start(recs)
+    mean = torch.as_tensor(recs["a"].values.mean((0, 1)))
+    x = made.predictor_at(mean, slice(0, 4))
+    if x is None:
+        return
+    found = made(x.detach().expand(1, 1, 1, 4), torch.tensor([0])).mean.detach()[0, 0, 0]
+    exact = not isinstance(made, likelihoods.Gamma)
+    torch.testing.assert_close(found, mean, rtol=1e-6 if exact else 0.25, atol=0.0)
+
+
 def low_rank(rank, recs):
     kind = type("Ranked", (likelihoods.LowRankGaussian,), {"rank": rank})
     return started(kind, recs)

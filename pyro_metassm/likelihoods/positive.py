@@ -44,7 +44,7 @@ class LogNormal(Likelihood):
             self.write(self.log_sd, name, np.log(SHARE * sd_of(log, recording.mask)))
 
     def predictor_at(self, mean: Tensor, rows: slice) -> Tensor:
-        return mean.log()
+        return mean.log() - 0.5 * (2.0 * self.log_sd[rows]).exp()
 
 
 class Gamma(Likelihood):
