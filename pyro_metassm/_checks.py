@@ -40,6 +40,17 @@ def fail(name: Any, needed: str, got: str, do: str) -> ValueError:
     return ValueError(f"recording {name!r}: needed {needed}, got {got}; {do}")
 
 
+def refuse(recording: Any, bad: np.ndarray, needed: str, do: str) -> None:
+    """Raise the error about the first of bad observations, `bad (trials, time, neurons)`, if there is any."""
+    if not bad.any():
+        return
+    k, t, n = np.argwhere(bad)[0]
+    ids = recording.neuron_ids
+    which = f"neuron {n}" if ids is None else f"neuron {n} ({ids[n]})"
+    value = f"{recording.values[k, t, n]:g} in trial {k}, bin {t}, {which}"
+    raise fail(recording.name, needed, f"{value} and {bad.sum() - 1} more such values", do)
+
+
 def some(items: Sequence[Any] | np.ndarray, limit: int = 8) -> str:
     """A few of many numbers or names, for a message: `"3, 5, 9 and 40 more"`."""
     listed = [str(item) for item in list(items)[:limit]]

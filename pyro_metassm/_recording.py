@@ -281,15 +281,10 @@ class Recording:
         Example:
             >>> Recording("a", np.ones((8, 50, 3)), bin_width=0.02).check_counts()
         """
-        bad = (self.values < 0) | (self.values != np.floor(self.values))
-        if not bad.any():
-            return
-        k, t, n = np.argwhere(bad)[0]
-        which = f"neuron {n}" if self.neuron_ids is None else f"neuron {n} ({self.neuron_ids[n]})"
-        raise checks.fail(
-            self.name,
+        checks.refuse(
+            self,
+            (self.values < 0) | (self.values != np.floor(self.values)),
             "counts (0, 1, 2, ...) for a count likelihood",
-            f"{self.values[k, t, n]:g} in trial {k}, bin {t}, {which} and {bad.sum() - 1} more such values",
             "pass unsmoothed spike counts per bin (not rates), or use a Gaussian likelihood",
         )
 

@@ -14,6 +14,7 @@ import torch
 from pyro.distributions import TorchDistribution
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.distributions import transform_to
 from torch.distributions.utils import lazy_property
 from torch.nn import functional
 
@@ -202,7 +203,7 @@ class Observed(dist.Independent):
     def expand(self, batch_shape, _instance=None):
         if torch.Size(batch_shape) == self.batch_shape:  # as every plate asks for
             return self
-        return dist.Independent(self.base_dist, 2).expand(batch_shape)
+        return Observed(self.y.expand(torch.Size(batch_shape) + self.event_shape), self.observed)
 
     def log_prob(self, value: Tensor) -> Tensor:
         fused = getattr(self.y, "log_prob_of_trials", None)
@@ -212,14 +213,49 @@ class Observed(dist.Independent):
             total = fused(value, self.observed)
             if total is not None:
                 return total
-        return super().log_prob(value)
+        return super().log_prob(in_support(self.y, value, self.observed))
+
+
+class ObservedJointly(dist.Independent):
+    """A joint ``y`` over the neurons of every bin, ``(time, neuron)`` as one event, scored by the neurons seen."""
+
+    def __init__(self, y: TorchDistribution, mask: Tensor):
+        self.y, self.observed = y, mask
+        super().__init__(y, 1)
+
+    def expand(self, batch_shape, _instance=None):
+        if torch.Size(batch_shape) == self.batch_shape:
+            return self
+        return ObservedJointly(self.y.expand(torch.Size(batch_shape) + self.event_shape[:1]), self.observed)
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        return self.y.log_prob_of_seen(value, self.observed).sum(-1)
+
+
+def in_support(y: TorchDistribution, value: Tensor, mask: Tensor) -> Tensor:
+    """``value`` with something that ``y`` can be wherever there is no observation.
+
+    A density that is infinite there has NaN gradients, masked or not. Where torch does not know what ``y`` can be,
+    values stay as they are.
+    """
+    try:
+        support = y.support
+        if support.is_discrete:
+            inside = getattr(support, "lower_bound", 0.0)
+        else:
+            inside = transform_to(support)(value.new_zeros(()))
+    except (AttributeError, NotImplementedError):
+        return value
+    return torch.where(mask, value, inside)
 
 
 def observed(y: TorchDistribution, mask: Tensor) -> TorchDistribution:
     """``y`` over ``(time, neuron)`` as one event, in which what was not observed counts nothing.
 
     Args:
-        y: distribution of each neuron, or a joint one over the neurons (event ``(neuron,)``).
+        y: distribution of each neuron, or a joint one over the neurons (event ``(neuron,)``). Of a joint one, the
+            neurons seen count if it has ``log_prob_of_seen(value, mask)``, their marginal density in every bin; without
+            it a bin counts, with all its neurons, if any of them was observed.
         mask: ``(R, K, T, N)`` bool, True = observed.
 
     Raises:
@@ -227,7 +263,9 @@ def observed(y: TorchDistribution, mask: Tensor) -> TorchDistribution:
     """
     if len(y.event_shape) == 0:
         return Observed(y, mask)
-    if len(y.event_shape) == 1:  # a joint distribution: a bin counts if any neuron was observed
+    if len(y.event_shape) == 1:
+        if hasattr(y, "log_prob_of_seen"):
+            return ObservedJointly(y, mask)
         return y.mask(mask.any(-1)).to_event(1)
     raise ValueError(
         f"likelihood: needed a distribution of each neuron or over the neurons, got event shape {y.event_shape}"

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from pyro_metassm.observations import observed
 from pyro_metassm.optimizers import adam, one_cycle
 from pyro_metassm.recordings import Batch
 
@@ -115,8 +116,8 @@ def fit_read_outs(
     for _ in range(num_steps):
         rows = slice(None) if trials == z.shape[1] else torch.randperm(z.shape[1], generator=rng)[:trials]
         y = model.likelihood(model.read_out(z[:, rows], batch.recording, batch.width), batch.recording)
-        mask = batch.mask[:, rows] if not y.event_shape else batch.mask[:, rows].any(-1)
-        total = (y.log_prob(batch.observations[:, rows]) * mask).sum()
+        mask = batch.mask[:, rows]
+        total = observed(y, mask).log_prob(batch.observations[:, rows]).sum()
         if prior is not None:
             share = trials / z.shape[1]
             total = total + share * torch.cat([prior.log_prob(r) for r in rows_of(model, batch)]).sum()
@@ -128,7 +129,7 @@ def fit_read_outs(
 
 
 def _start(model, z: Tensor, batch: Batch) -> None:
-    """Least squares; for counts with another link than the identity, no tuning and the mean counts."""
+    """Least squares; with another link than the identity, no tuning and each neuron's mean."""
     read_out = model.read_out
     predictor = read_out(z[:, :1, :1], batch.recording, batch.width)
     identity = torch.allclose(model.likelihood(predictor, batch.recording).mean, predictor)
@@ -137,9 +138,15 @@ def _start(model, z: Tensor, batch: Batch) -> None:
         mask = batch.mask[r, ..., :width]
         seen = mask.any(-1)
         mask, y = mask[seen], batch.observations[r, ..., :width][seen]  # zero where a neuron is missing
+        count = mask.sum(0)
+        at = None if identity else model.observation.predictor_at(y.sum(0) / count.clamp(min=1), rows)
+        if at is not None:
+            read_out.weight[rows] = 0.0
+            read_out.bias[rows] = torch.where((count > 0) & at.isfinite(), at, 0.0)
+            continue
         if not identity and (y >= 0).all() and (y == y.round()).all():  # counts: about the link's scale
             read_out.weight[rows] = 0.0
-            read_out.bias[rows] = ((y.sum(0) + 0.5) / mask.sum(0).clamp(min=1)).log()
+            read_out.bias[rows] = ((y.sum(0) + 0.5) / count.clamp(min=1)).log()
             continue
         design = torch.cat([z[r], torch.ones_like(z[r][..., :1])], -1)[seen]
         moment = (design.mT @ y).mT.unsqueeze(-1)  # (N, d + 1, 1)

@@ -17,16 +17,39 @@ SHAPES = {
 }  # name -> neurons, bins of each trial
 
 
-def recordings(counts: bool = False, seed: int = 0, missing: bool = True, shapes=None, **more) -> Recordings:
+KINDS = {
+    "real": lambda rng, shape: rng.normal(size=shape),
+    "counts": lambda rng, shape: rng.poisson(2.0, shape) * 1.0,
+    "binary": lambda rng, shape: rng.binomial(1, 0.4, shape) * 1.0,
+    "positive": lambda rng, shape: rng.gamma(2.0, 1.5, shape),
+    "not negative": lambda rng, shape: rng.gamma(2.0, 1.5, shape) * rng.binomial(1, 0.6, shape),
+}
+
+
+def kind_of(family: type) -> str:
+    """The kind of data, of ``KINDS``, that a likelihood is for."""
+    return {
+        "Gaussian": "real",
+        "LowRankGaussian": "real",
+        "StudentT": "real",
+        "LogNormal": "positive",
+        "Gamma": "positive",
+        "ZeroInflatedGamma": "not negative",
+        "Bernoulli": "binary",
+    }.get(family.__name__, "counts")
+
+
+def recordings(
+    counts: bool = False, seed: int = 0, missing: bool = True, shapes=None, kind: str | None = None, **more
+) -> Recordings:
     """Recordings of unequal neurons, trials and lengths, some bins and neurons missing (the first bin, too)."""
+    values = KINDS[kind or ("counts" if counts else "real")]
     rng = np.random.default_rng(seed)
     result = []
     for name, (num_neurons, lengths) in (shapes or SHAPES).items():
         trials = []
         for k, length in enumerate(lengths):
-            y = (
-                rng.poisson(2.0, (length, num_neurons)) if counts else rng.normal(size=(length, num_neurons))
-            ) * 1.0
+            y = values(rng, (length, num_neurons))
             if missing and length > 2:
                 y[length // 2] = np.nan  # a whole bin
                 y[-1, 0] = np.nan  # a neuron in the last bin (in c: the bin)

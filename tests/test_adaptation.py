@@ -3,6 +3,7 @@
 import dataclasses
 
 import numpy as np
+import pyro.distributions as dist
 import pytest
 import torch
 from fits import assert_same, parts, state
@@ -314,7 +315,7 @@ class Own(pm.models.MetaSSM):
         gain = self.neurons.gather(self.gain, recording, predictor.shape[-1])[:, None, None, :]
         y = self.observation(predictor * gain, recording)
         scale = y.scale + self.noise[recording].exp().view(-1, 1, 1, 1) + self.observation.floor.exp()
-        return pm.likelihoods.dist.Normal(y.loc, scale)
+        return dist.Normal(y.loc, scale)
 
 
 def test_tables_of_a_users_own_are_adapted_and_what_is_shared_is_not(old, monkeypatch):
