@@ -28,6 +28,7 @@ from pyro_metassm.result import Fit
 
 LOWER_IS_BETTER = ("crps",)
 RELIABLE = 0.7  # Pareto shape up to which importance sampling can be trusted (Vehtari et al., 2024)
+FEWEST = 25  # draws of which a fifth, the tail, are the five that a fit to it needs
 EQUAL = 1e-3  # nats between the largest and the smallest weight, rounding of float32 included
 SITES = {"kl_embedding", "kl_latents"}
 
@@ -161,7 +162,9 @@ def pareto_smoothed(log_w: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     for trial, weights in enumerate(log_w.T):
         # Equal weights have no tail to smooth; where no tail can be fitted, nothing is to be trusted.
         khat[trial] = 0.0 if np.ptp(weights) < EQUAL else np.inf
-        with contextlib.suppress(ValueError):  # of ArviZ, where there are too few draws for a tail
+        if len(weights) < FEWEST:
+            continue
+        with contextlib.suppress(ValueError):  # of ArviZ, for a tail that it cannot fit
             found, shape = _psislw(weights) if khat[trial] else (weights, 0.0)
             # It normalises. Only the largest weights were smoothed: the smallest tells by what.
             least = weights.argmin()
