@@ -7,12 +7,13 @@ import copy
 import pyro
 import torch
 from pyro import poutine
+from pyro.distributions.torch_distribution import ExpandedDistribution, MaskedDistribution
 from pyro.poutine.util import prune_subsample_sites
-from torch.distributions import Distribution
+from torch.distributions import Distribution, Independent
 
 from pyro_metassm.recordings import Batch, Recordings
 
-WRAPPERS = ("Observed", "Independent", "MaskedDistribution", "ExpandedDistribution")
+WRAPPERS = (Independent, MaskedDistribution, ExpandedDistribution)
 BASES = ("TorchDistribution", "Distribution", "ExponentialFamily")
 
 
@@ -135,10 +136,8 @@ def _latent(trace: poutine.Trace) -> set[str]:
 
 def family(distribution: Distribution) -> str:
     """The name of what is inside: without the wrappers that mask, expand or make events of dimensions."""
-    if type(distribution).__name__ in WRAPPERS:
-        for inner in ("y", "base_dist"):
-            if isinstance(part := getattr(distribution, inner, None), Distribution):
-                return family(part)
+    while isinstance(distribution, WRAPPERS):
+        distribution = distribution.base_dist
     names = [c.__name__ for c in type(distribution).__mro__ if hasattr(pyro.distributions, c.__name__)]
     return next((name for name in names if name not in BASES), type(distribution).__name__)
 

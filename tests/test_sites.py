@@ -152,6 +152,11 @@ def test_a_model_is_told_as_text(recs):
     assert text[-1] == f"in all {sum(p.numel() for p in model.parameters()):,}"
 
 
+def test_a_joint_distribution_shows_as_what_it_is(recs):
+    text = lines(pm.models.MetaSSM(recs, **SIZES, likelihood=pm.likelihoods.LowRankGaussian).describe())
+    assert "observations LowRankMultivariateNormal (observed) recording, trial time, neuron" in text
+
+
 def test_edits_show(recs):
     class Edited(WithScale):
         def transition(self, z, dynamics):
