@@ -14,7 +14,6 @@ from torch import Tensor
 
 from pyro_metassm import _checks as checks
 from pyro_metassm._scores import spike_information
-from pyro_metassm.metrics import mean_rates
 from pyro_metassm.observations import observed
 from pyro_metassm.posterior import (
     forecast_chunks,
@@ -92,8 +91,7 @@ def compare(
     scores: dict[str, dict[str, np.ndarray]] = {}
     for name, fit in fits.items():
         parts = [
-            _densities(fit, test, each, num_samples, seed)
-            | _bits(fit, test, each, num_samples, seed)
+            _posterior_scores(fit, test, each, num_samples, seed)
             | _forecasts(fit, test, each, context, horizon, num_samples, seed)
             for each in test
         ]
@@ -136,21 +134,27 @@ def _window(test: Recordings, context: int | None, horizon: int | None) -> tuple
     return context, horizon
 
 
-def _densities(fit: Fit, test: Recordings, name: str, num_samples: int, seed: int) -> dict[str, np.ndarray]:
-    """``elbo``, ``iw``, ``psis`` and ``khat`` of every trial."""
-    log_w = np.empty((num_samples, test[name].num_trials))
+def _posterior_scores(
+    fit: Fit, test: Recordings, name: str, num_samples: int, seed: int
+) -> dict[str, np.ndarray]:
+    """``elbo``, ``iw``, ``psis`` and ``khat`` of every trial; of counts ``bits_per_spike``, from the same draws."""
+    recording = test[name]
+    log_w, rates = np.empty((num_samples, recording.num_trials)), np.zeros(recording.values.shape)
     for chunk in posterior_chunks(fit, test, name, num_samples, seed):
         y, batch = observation(fit.model, chunk.latents, chunk.batch), chunk.batch
         terms = observed(y, batch.mask).log_prob(batch.observations)
         terms = terms + fit.model.path_prior(chunk.embedding, batch).log_prob(chunk.latents)
         log_w[chunk.draws, chunk.trials] = to_numpy((terms - chunk.path.log_prob(chunk.latents))[:, 0])
+        if recording.has_counts:
+            rates[chunk.trials, : batch.num_bins] += y.mean[:, 0].double().sum(0).cpu().numpy()
     smoothed, khat = pareto_smoothed(log_w)
-    return {
-        "elbo": log_w.mean(0),
-        "iw": _log_mean(log_w),
-        "psis": _log_mean(smoothed),
-        "khat": khat,
-    }
+    found = {"elbo": log_w.mean(0), "iw": _log_mean(log_w), "psis": _log_mean(smoothed), "khat": khat}
+    if recording.has_counts:
+        unseen = recording.held_out_neurons
+        chosen = unseen if unseen.any() else ~unseen
+        spikes = recording.observations[..., chosen]
+        found |= _information("bits_per_spike", rates[..., chosen] / num_samples, spikes)
+    return found
 
 
 def pareto_smoothed(log_w: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -190,18 +194,6 @@ def _psislw(log_w: np.ndarray) -> tuple[np.ndarray, float]:
 def _log_mean(log_w: np.ndarray) -> np.ndarray:
     """``log mean exp`` over the draws."""
     return np.logaddexp.reduce(log_w, 0) - math.log(len(log_w))
-
-
-def _bits(fit: Fit, test: Recordings, name: str, num_samples: int, seed: int) -> dict[str, np.ndarray]:
-    """``bits_per_spike``, of counts, such that the mean over trials is that of the recording."""
-    recording = test[name]
-    if not recording.has_counts:
-        return {}
-    rates = mean_rates(fit, test, name, num_samples, seed)
-    chosen = (
-        recording.held_out_neurons if recording.held_out_neurons.any() else slice(None)
-    )  # not seen, or all
-    return _information("bits_per_spike", rates[..., chosen], recording.observations[..., chosen])
 
 
 def _forecasts(

@@ -203,15 +203,13 @@ def _write_noise(model, guide, z: Tensor, bins: Tensor, batch: Batch) -> None:
         variance = residual.square()[both].mean(0)
         # The noise of the frame enters one residual and, with the other sign, the next: their covariance takes it out.
         pairs = both[:, :, 1:] & both[:, :, :-1]
-        shared = (
-            (residual[:, :, 1:] * residual[:, :, :-1])[pairs].mean(0)
-            if pairs.any()
-            else torch.zeros_like(variance)
-        )
+        shared = torch.zeros_like(variance)
+        if pairs.any():
+            shared = (residual[:, :, 1:] * residual[:, :, :-1])[pairs].mean(0)
+            if float(guide.smoothing) == 0:  # noise that is smoothed is not as this has it
+                guide.start_posterior(torch.maximum(-shared, 0.05 * variance).sqrt())
         noise = torch.maximum(variance + 2 * shared, 0.05 * variance)
         model.process_noise.log_scale.copy_(noise.sqrt().clamp(0.002, 1.0).log())
-        if float(guide.smoothing) == 0 and pairs.any():  # noise that is smoothed is not as this has it
-            guide.start_posterior(torch.maximum(-shared, 0.05 * variance).sqrt())
     first = z[:, :, 0][bins[:, :, 0]]
     if len(first) > 1:
         model.initial.loc.copy_(first.mean(0))

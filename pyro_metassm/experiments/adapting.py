@@ -192,7 +192,7 @@ def _at_most(number: int, recording: Recording, seed: int) -> Recording:
 
 def _window(test: Recordings, context: int | None, horizon: int | None) -> tuple[int, int]:
     """Bins given and bins forecast, such that every recording has trials that reach their end."""
-    usual = min(int(np.median(r.lengths)) for r in test.values())
+    usual = files.usual_length(test)
     context = max(1, usual // 2) if context is None else context
     horizon = max(1, usual - context) if horizon is None else horizon
     checks.integers(1, context=context, horizon=horizon)

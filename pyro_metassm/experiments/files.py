@@ -72,7 +72,7 @@ def run(
         recs = Recordings([io.read(path) for path in files])
         recs.summary()  # warns of what will hurt
         train, test = recs.split(test_fraction=test_fraction, seed=seed)
-    family = FAMILIES[likelihood] if likelihood else _family(recs)
+    family = FAMILIES[likelihood] if likelihood else likelihood_of(recs)
     with report.timed(seconds, "fit"):
         model = MetaSSM(
             recs, latent_dim=latent_dim, embedding_dim=embedding_dim, rank=rank, likelihood=family
@@ -89,8 +89,7 @@ def run(
             progress=progress,
         )
         result.save(out / "fit")
-    usual = min(int(np.median(r.lengths)) for r in test.values())
-    context = max(1, usual // 2) if context is None else context
+    context = max(1, usual_length(test) // 2) if context is None else context
     horizon = max(1, max(r.num_bins for r in test.values()) - context)
     shown = Recordings([r.take(np.arange(min(save_trials, r.num_trials))) for r in test.values()])
     with report.timed(seconds, "posterior"):
@@ -115,9 +114,15 @@ def run(
     return report.write_metrics(numbers | {"likelihood": family.__name__, "seconds": seconds}, out)
 
 
-def _family(recs: Recordings) -> type[likelihoods.Likelihood]:
+def likelihood_of(recs: Recordings) -> type[likelihoods.Likelihood]:
+    """The family of observations where none is asked for: Poisson if all are counts, else Gaussian."""
     counts = all(recording.has_counts for recording in recs.values())
     return likelihoods.Poisson if counts else likelihoods.Gaussian
+
+
+def usual_length(recs: Recordings) -> int:
+    """Bins of a usual trial: the shortest median of a recording."""
+    return min(int(np.median(recording.lengths)) for recording in recs.values())
 
 
 def load_fit(run: str | Path, device: str = "cpu") -> Fit:

@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 
-from pyro_metassm import saving
 from pyro_metassm.experiments import methods, page, report, study, tables
 from pyro_metassm.experiments.bifurcations import spread_out
 from pyro_metassm.experiments.methods import Method, Sizes, Steps
@@ -149,7 +148,7 @@ def draw(
     _, test = settings.family.training(seed)
     test = test.crop(0, settings.scoring.context + settings.scoring.horizon)
     fits = {
-        method.label: saving.load(folder / "pieces" / f"{name}-seed{seed}" / "fit")
+        method.label: study.trained(folder, name, seed)
         for name, method in chosen.items()
         if study.trains(method)
     }

@@ -9,8 +9,9 @@ from typing import Any
 import torch
 
 from pyro_metassm import _machine as machine
-from pyro_metassm import likelihoods, models
+from pyro_metassm import models
 from pyro_metassm.adaptation import adapt as library_adapt
+from pyro_metassm.experiments.files import likelihood_of
 from pyro_metassm.guides import DKF
 from pyro_metassm.models import MetaSSM
 from pyro_metassm.neurons import NeuronTable
@@ -135,7 +136,7 @@ def train(
             recs,
             latent_dim=sizes.latent_dim,
             embedding_dim=sizes.embedding_dim,
-            likelihood=_likelihood(recs),
+            likelihood=likelihood_of(recs),
         )
         guide = DKF(model) if method.plain else DKF(model, rollout_probability=steps.rollout_probability)
     options: dict[str, Any] = {
@@ -221,8 +222,3 @@ def adapt_plainly(fit: Fit, new: Recordings, steps: Steps, seed: int, num_thread
             trainer.take_step()
         trainer.settle()
         return trainer.result()
-
-
-def _likelihood(recs: Recordings) -> type[likelihoods.Likelihood]:
-    counts = all(recording.has_counts for recording in recs.values())
-    return likelihoods.Poisson if counts else likelihoods.Gaussian

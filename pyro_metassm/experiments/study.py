@@ -46,7 +46,7 @@ class Piece:
 
     @property
     def folder(self) -> Path:
-        return self.out / "pieces" / f"{self.name}-seed{self.seed}"
+        return folder_of(self.out, self.name, self.seed)
 
     @property
     def path(self) -> Path:
@@ -202,8 +202,7 @@ def _adapt_to(
     s = piece.settings
     known = None
     if piece.method.shares:
-        trained = piece.method.trained_as or piece.name
-        known = saving.load(piece.folder.parent / f"{trained}-seed{piece.seed}" / "fit")
+        known = trained(piece.out, piece.method.trained_as or piece.name, piece.seed)
     new = few_trials(pool, shots, num_draws, piece.seed)
     fit = methods.adapt(piece.method, known, new, s.sizes, s.steps, piece.seed, num_threads)
     if keep:
@@ -250,7 +249,17 @@ def _do(pieces: list[Piece], pool: ProcessPoolExecutor | None, workers: int, say
         say(f"{done.result():7.1f} s  {waiting[done]}")
 
 
+def folder_of(out: Path, name: str, seed: int) -> Path:
+    """Where the pieces of a method and seed are."""
+    return out / "pieces" / f"{name}-seed{seed}"
+
+
+def trained(out: Path, name: str, seed: int) -> Fit:
+    """The saved fit to the training recordings."""
+    return saving.load(folder_of(out, name, seed) / "fit")
+
+
 def adapted(out: Path, name: str, seed: int, shots: int) -> Fit | None:
     """The saved fit of an adaptation (of ``settings.shown`` trials), if there is one."""
-    path = out / "pieces" / f"{name}-seed{seed}" / f"adapted-{shots}"
+    path = folder_of(out, name, seed) / f"adapted-{shots}"
     return saving.load(path) if path.is_dir() else None
