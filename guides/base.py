@@ -14,6 +14,7 @@ from pyro_metassm.distributions import MarkovPath
 from pyro_metassm.guides.encoders import EmbeddingEncoder, SetEncoder, smooth
 from pyro_metassm.models.meta_ssm import MetaSSM
 from pyro_metassm.neurons import ReadIn
+from pyro_metassm.products import with_first_channels
 from pyro_metassm.recordings import Batch
 
 
@@ -100,7 +101,8 @@ class AmortizedGuide(nn.Module, ABC):
         """``ybar (R, K, T, read_in_dim)``, the frame ``(R, K, T, latent_dim)`` and the share of neurons seen."""
         self.read_in.neurons.check(batch.names, batch.num_neurons)
         ybar, share = self.read_in(batch)
-        return ybar, smooth(ybar[..., : self.model.latent_dim], share, self._smoothing_sd()), share
+        ybar, frame = with_first_channels(ybar, self.model.latent_dim)
+        return ybar, smooth(frame, share, self._smoothing_sd()), share
 
     def _smoothing_sd(self) -> float:
         """``smoothing`` as a number, read again only after it has changed: reading it makes the host wait for a GPU."""

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from pyro_metassm import native
 
-CACHED = 2**17  # numbers of one piece on a CPU: a few such buffers fit a core's cache
+CACHED = 2**18  # numbers of one piece on a CPU: a few such buffers fit a core's cache
 LARGE = 2**20  # numbers from which it pays to wake other threads
 
 

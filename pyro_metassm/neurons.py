@@ -189,11 +189,19 @@ class ReadIn(nn.Module):
         # Held-out neurons and padding have no weight; the mask is needed only where bins are missing.
         weight = weight * (batch.held_in.unsqueeze(-1) / scale)
         y = self._transformed(batch)
-        product = centred_product(y, batch.mask, center, weight, batch.num_neurons)
         count = (steady & batch.held_in[:, None, None, :]).sum(-1, keepdim=True).to(weight.dtype)
         known = batch.held_in.sum(-1).clamp(min=1)[:, None, None, None].to(weight.dtype)
         bias = self.bias[batch.recording][:, None, None, :] * (count > 0).to(weight.dtype)
-        ybar = torch.addcmul(bias, product, known.sqrt() / count.clamp(min=1))
+        factor = known.sqrt() / count.clamp(min=1)
+        if steady is batch.mask:
+            product = centred_product(
+                y, batch.mask, center, weight, torch.zeros_like(bias[:, 0, 0]), batch.num_neurons
+            )
+            ybar = torch.addcmul(bias, product, factor)
+        else:  # of a recording there is one number seen, and what it does is done to the weights
+            ybar = centred_product(
+                y, batch.mask, center, weight * factor[:, 0], bias[:, 0, 0], batch.num_neurons
+            )
         return ybar, (count / known).expand(shape)
 
     def _transformed(self, batch: Batch) -> Tensor:

@@ -9,7 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from pyro_metassm.blocks import each_block, everywhere
+from pyro_metassm.blocks import each_block, everywhere, share
 
 
 def linear_by_recording(
@@ -66,34 +66,43 @@ class _Affine(torch.autograd.Function):
 
 
 def centred_product(
-    y: Tensor, mask: Tensor, center: Tensor, weight: Tensor, num_neurons: Sequence[int]
+    y: Tensor, mask: Tensor, center: Tensor, weight: Tensor, bias: Tensor, num_neurons: Sequence[int]
 ) -> Tensor:
-    """``(mask (y - center)) @ weight`` of every recording, differentiable in the weight alone.
+    """``(mask (y - center)) @ weight + bias`` of every recording, differentiable in weight and bias alone.
 
     Args:
         y, mask: ``(R, K, T, N)``.
         center: ``(R, N)``.
         weight: ``(R, N, C)``, zero in the padding.
+        bias: ``(R, C)``.
         num_neurons: the real number of neurons of every recording.
 
     Returns:
         ``(R, K, T, C)``.
     """
-    return _CentredProduct.apply(y, mask, center, weight, num_neurons)
+    return _CentredProduct.apply(y, mask, center, weight, bias, num_neurons)
 
 
 class _CentredProduct(torch.autograd.Function):
     """From pieces of ``mask (y - center)`` that are made again for the backward pass, not kept."""
 
     @staticmethod
-    def forward(ctx, y: Tensor, mask: Tensor, center: Tensor, weight: Tensor, num_neurons: Sequence[int]):
+    def forward(
+        ctx,
+        y: Tensor,
+        mask: Tensor,
+        center: Tensor,
+        weight: Tensor,
+        bias: Tensor,
+        num_neurons: Sequence[int],
+    ):
         ctx.save_for_backward(y, mask, center)
         ctx.num_neurons = num_neurons
         out = y.new_empty(*y.shape[:3], weight.shape[-1])
 
         def work(rows: slice, trials: slice, neurons: slice) -> None:
             x = _piece(y, mask, center, rows, trials, neurons)
-            torch.bmm(x, weight[rows, neurons], out=out[rows, trials].flatten(1, 2))
+            torch.baddbmm(bias[rows, None], x, weight[rows, neurons], out=out[rows, trials].flatten(1, 2))
 
         each_block(y, work, num_neurons)
         return out
@@ -103,13 +112,39 @@ class _CentredProduct(torch.autograd.Function):
     def backward(ctx, grad: Tensor):
         y, mask, center = ctx.saved_tensors
         grad_weight = grad.new_zeros(*center.shape, grad.shape[-1])
+        grad_bias = grad.new_zeros(len(center), grad.shape[-1])
 
         def work(rows: slice, trials: slice, neurons: slice) -> None:
-            x = _piece(y, mask, center, rows, trials, neurons)
-            grad_weight[rows, neurons].baddbmm_(x.mT, grad[rows, trials].flatten(1, 2))
+            g = grad[rows, trials].flatten(1, 2)
+            grad_weight[rows, neurons].baddbmm_(_piece(y, mask, center, rows, trials, neurons).mT, g)
+            grad_bias[rows] += g.sum(1)
 
         each_block(y, work, ctx.num_neurons)
-        return None, None, None, grad_weight, None
+        return None, None, None, grad_weight, grad_bias, None
+
+
+def with_first_channels(x: Tensor, number: int) -> tuple[Tensor, Tensor]:
+    """``x (R, ..., C)`` and its first channels ``(R, ..., number)``, whose gradients are summed in one pass."""
+    return _FirstChannels.apply(x, number)
+
+
+class _FirstChannels(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, number: int):
+        ctx.number = number
+        return x.view_as(x), x[..., :number].contiguous()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor, of_first: Tensor):
+        out = torch.empty_like(grad)
+
+        def work(row: int) -> None:
+            out[row].copy_(grad[row])
+            out[row][..., : ctx.number].add_(of_first[row])
+
+        share(work, len(grad), grad)
+        return out, None
 
 
 def _piece(y: Tensor, mask: Tensor, center: Tensor, rows: slice, trials: slice, neurons: slice) -> Tensor:

@@ -125,6 +125,7 @@ def test_the_read_in_is_its_features_times_its_weights(kind, pieces):
     read_in = ReadIn(NeuronTable(["a", "b", "c"], [6, 2, 4]), 3).double()
     with torch.no_grad():
         read_in.center.normal_(), read_in.scale.uniform_(0.5, 2.0), read_in.counts[1].fill_(True)
+        read_in.bias.normal_()
     held_in = mask.any(2).any(1)
     held_in[0, 4] = False
     batch = Batch(
@@ -150,8 +151,11 @@ def test_the_read_in_is_its_features_times_its_weights(kind, pieces):
     torch.testing.assert_close(ybar, expected, rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(share, count / known)
     probe = torch.randn_like(ybar)
-    grads = [torch.autograd.grad((out * probe).sum(), read_in.weight)[0] for out in (ybar, expected)]
-    torch.testing.assert_close(*grads, rtol=1e-10, atol=1e-12)
+    leaves = (read_in.weight, read_in.bias)
+    for ours, theirs in zip(
+        *(torch.autograd.grad((out * probe).sum(), leaves) for out in (ybar, expected)), strict=True
+    ):
+        torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-12)
 
 
 @pytest.mark.parametrize("threads", [None, 3])

@@ -17,7 +17,7 @@ from pyro_metassm.elbo import SequentialELBO
 from pyro_metassm.guides.encoders import EmbeddingEncoder, SetEncoder, smooth
 from pyro_metassm.models import LinearGaussian, MetaSSM
 from pyro_metassm.neurons import NeuronTable, ReadIn, ReadOut
-from pyro_metassm.products import linear_by_recording
+from pyro_metassm.products import linear_by_recording, with_first_channels
 from pyro_metassm.recordings import Recording, Recordings
 
 
@@ -107,6 +107,17 @@ def test_linear_by_recording_is_a_loop(num_neurons, lead, size, monkeypatch):
         *(torch.autograd.grad((y * probe).sum(), leaves) for y in (out, expected)), strict=True
     ):
         close(ours, theirs)
+
+
+def test_the_first_channels_are_those_and_so_is_their_gradient():
+    x = torch.randn(3, 2, 4, 5, dtype=DOUBLE, requires_grad=True)
+    whole, first = with_first_channels(x, 2)
+    close(whole, x)
+    close(first, x[..., :2])
+    for both in ((whole, first), (x, x[..., :2])):
+        (found,) = torch.autograd.grad((both[0].sin() ** 2).sum() + (both[1] ** 3).sum(), x)
+        expected = (2 * x).sin() + 3 * x**2 * (torch.arange(5) < 2)
+        close(found, expected.detach())
 
 
 def test_read_out_takes_the_rows_of_each_recording():
