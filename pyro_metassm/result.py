@@ -27,7 +27,8 @@ class Fit:
             ``validation_elbo`` where it was asked for.
         statistics: what the guide gathered of the embeddings from the training trials, ``(recording, ...)``.
         seed: of the fit.
-        attrs: plain values that are saved with it: ``bin_width`` (s) of the training data, ``adaptation`` (see
+        attrs: plain values that are saved with it: ``bin_width`` (s) of the training data, ``rollout_error`` (by
+            recording, see :func:`pyro_metassm.rollouts.rollout_errors`), ``adaptation`` (see
             :func:`pyro_metassm.adapt`), and what you add.
     """
 

@@ -26,6 +26,7 @@ from pyro_metassm.models.meta_ssm import MetaSSM
 from pyro_metassm.optimizers import adam, one_cycle
 from pyro_metassm.recordings import Batch, Recordings, sample_trials
 from pyro_metassm.result import Fit, embedding_statistics
+from pyro_metassm.rollouts import rollout_errors
 
 SLOW = 0.1  # learning rate of started dynamics, relative to the rest
 SETTLE = 10  # steps after which a GPU is asked for their numbers; a CPU is asked after each
@@ -328,13 +329,14 @@ class Trainer:
         statistics = embedding_statistics(self.model, self.guide, self.recs)
         attrs = {f"{k}_seconds": v for k, v in self.seconds.items()} | {"num_observed": self.scale}
         attrs |= {} if self.validated is None else {"num_observed_validation": self.validated}
+        errors = rollout_errors(self.model, self.guide, self.recs, statistics)
         return Fit(
             self.model,
             self.guide,
             self.history.dataset(**attrs),
             statistics,
             seed=self.options.seed,
-            attrs={"bin_width": self.recs.bin_width},
+            attrs={"bin_width": self.recs.bin_width, "rollout_error": errors},
         )
 
 

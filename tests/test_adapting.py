@@ -204,12 +204,13 @@ def test_counts_are_scored_in_bits(folder, tmp_path, capsys):
     assert "forecast_bits_per_spike of the 4 bins" in printed and f"results and pictures in {out}" in printed
 
 
-def result(errors, adapted, scratch):
+def result(errors, adapted, scratch, known=()):
     """Numbers as `run` makes them, of one recording and 1, 2 trials."""
     scores = {"adapted": adapted, "scratch": scratch, "constant": [-0.5, -0.1]}
     return {
         "score": "forecast_r2",
         "horizon": 5,
+        "rollout_error_known": dict(enumerate(known)),
         "embedding": {
             "a": {
                 str(2**n): {"mean": [0.0], "sd": [1.0]} | ({} if error is None else {"rollout_error": error})
@@ -232,6 +233,10 @@ def result(errors, adapted, scratch):
         (result([0.9, 0.9], [-1, -0.4], [-3, -0.2]), None, "cannot be told"),  # as of noise
         (result([0.9, 0.9], [0.1, 0.2], [0.1, 0.2]), None, "cannot be told.* alike$"),
         (result([0.9, 0.9], [-1, -0.4], []), None, "latents$"),
+        (result([0.2, 0.019], [0.5, 0.9], [0.1, 0.1], [0.002, 0.01]), True, "fits: .* 2 % .*[(]of known .*, 1 % at"),
+        (result([0.2, 0.021], [0.5, 0.9], [0.1, 0.1], [0.002, 0.01]), False, "does not fit: .* better with 1, 2 tr"),
+        (result([0.9, 0.9], [-1, -0.4], [-3, -0.2], [0.5, np.nan]), True, "fits: .* 90 % .* 50 % at most"),
+        (result([0.9, 0.9], [-1, -0.4], [-3, -0.2], [0.3]), None, "cannot be told"),
         (result([None, None], [0.5, 0.9], [0.1, 0.9]), None, "was not asked"),
     ],
 )  # fmt: skip

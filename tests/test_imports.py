@@ -19,7 +19,7 @@ LAYERS: tuple[set[str], ...] = (
     {"guides"},
     {
         "adaptation", "checkpoints", "elbo", "few_shot", "frames", "history", "optimizers", "posterior", "read_outs",
-        "result", "saving", "training", "trees", "warm_start", "windows",
+        "result", "rollouts", "saving", "training", "trees", "warm_start", "windows",
     },
     {"_embedding_plot", "_flow_plots", "_scores", "analysis", "comparing", "metrics", "plots"},
     {"__main__", "cli", "experiments"},

@@ -120,6 +120,7 @@ def run(
         "scores": {method: by_number for method, by_number in scores.items() if by_number},
         "embedding": found,
         "embedding_known": _embeddings(known, known.names),
+        "rollout_error_known": known.attrs.get("rollout_error", {}),
         "embedding_prior": {"mean": prior.mean.tolist(), "sd": prior.stddev.tolist()},
         "trials": {name: {"adapt": num_trials, "test": r.num_trials} for name, r in test.items()},
         "likelihood": family.__name__,

@@ -18,7 +18,10 @@ if TYPE_CHECKING:
 COLUMNS = ("recording", "method", "num_trials", "quantity", "index", "value")
 METHODS = {"adapted": ("adapted", "-"), "scratch": ("from scratch", "--"), "constant": ("constant", ":")}
 WORST = -1.0  # the least that is drawn of a score
-UNEXPLAINED = 0.5  # roll-out error, in variances, above which roll-outs miss more than they explain
+WORSE = 2.0  # roll-out error, in that of the worst known recording, up to which a new one is like them
+UNEXPLAINED = (
+    0.5  # in variances, where nothing is known of the known ones: roll-outs miss more than they explain
+)
 ALIKE = 0.01  # difference of scores up to which neither is called better
 FEW = 12  # known recordings that are named
 NINETY = np.sqrt(-2 * np.log(0.1))  # sd within which a Normal plane holds 90 %
@@ -51,33 +54,50 @@ def lines(numbers: dict) -> Iterator[str]:
 def fits(numbers: dict, name: str) -> bool | None:
     """Whether the family fits a recording, by all the trials to adapt from; None where that cannot be told.
 
-    It does where roll-outs of its dynamics explain more of the variance of the latents than they miss. Where they
-    miss more, that may be noise: of counts in short bins they do so for recordings that the fit was trained on. Then
-    it does not fit if it forecasts worse than a constant, and the same model from the same trials better.
+    It does where roll-outs of its dynamics miss about as much of the latents as they do for the recordings that the fit
+    was trained on, whose share tells what is noise. Where nothing is known of those, or roll-outs miss most of them as
+    well, missing more says little; then it does not fit if it forecasts worse than a constant, and the same model
+    from the same trials better.
     """
     number, found = list(numbers["embedding"][name].items())[-1]
     if "rollout_error" not in found:
         return None
-    if found["rollout_error"] <= UNEXPLAINED:
+    limit = _limit(numbers)
+    if found["rollout_error"] <= (UNEXPLAINED if limit is None else limit):
         return True
+    if limit is not None and limit <= UNEXPLAINED:
+        return False
     adapted, scratch, constant = (headline(numbers, method, name, number) for method in METHODS)
     if adapted is None or scratch is None or constant is None:
         return None
     return False if adapted < constant < scratch else None
 
 
+def _limit(numbers: dict) -> float | None:
+    """The largest roll-out error that is like those of known recordings; None where theirs are not known."""
+    known = [error for error in numbers.get("rollout_error_known", {}).values() if np.isfinite(error)]
+    return WORSE * max(known) if known else None
+
+
 def _verdict(numbers: dict, name: str) -> str:
     found = list(numbers["embedding"][name].values())[-1]
     if "rollout_error" not in found:
         return "whether the family fits was not asked (neither read-in nor read-out was trained)"
-    share = 100 * found["rollout_error"]
-    error = f"roll-outs of its dynamics miss {share:{'.0f' if share >= 10 else '.1g'}} % of the variance of the latents"
+    error = (
+        f"roll-outs of its dynamics miss {_percent(found['rollout_error'])} of the variance of the latents"
+    )
+    limit = _limit(numbers)
+    error += "" if limit is None else f" (of known recordings, {_percent(limit / WORSE)} at most)"
     answer = {
         True: "the family fits",
         False: "the family does not fit",
         None: "it cannot be told whether the family fits",
     }
     return f"{answer[fits(numbers, name)]}: {error}{_beside(numbers, name)}"
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:{'.0f' if share >= 0.1 else '.1g'}} %"
 
 
 def _beside(numbers: dict, name: str) -> str:
