@@ -113,7 +113,10 @@ class ReadOut(PyroModule):
         latent_dim: number of latents.
 
     Shape: ``(..., R, K, T, latent_dim) -> (..., R, K, T, neuron)``.
-    """  # a PyroModule, so that ``weight`` or ``bias`` may be a PyroSample
+    """
+
+    # A PyroModule, so that weight or bias may be a PyroSample; a part of the model's program, not one of its own.
+    __call__ = nn.Module.__call__
 
     def __init__(self, neurons: NeuronTable, latent_dim: int):
         super().__init__()
