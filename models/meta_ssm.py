@@ -148,11 +148,11 @@ class MetaSSM(Program):
         return dist.Normal(zero, 1.0).to_event(1)
 
     def embedding_prior_of(self, recording: Tensor) -> TorchDistribution:
-        """The priors of these recordings, rows ``recording (R,)`` of the model's tables; batch ``()`` or ``(..., R, 1)``."""
+        """The priors of these recordings, rows ``recording (R,)`` of the model's tables; batch ``(..., R, 1)``."""
         return self.embedding_prior()
 
     def trial_embedding(self, e: Tensor, batch: Batch) -> Tensor:
-        """The embedding that trials have, ``(..., R, K, embedding_dim)``, if not their recording's ``(..., R, 1, .)``."""
+        """The embedding of the trials: their recording's, ``(..., R, 1, d)``, or each its own, ``(..., R, K, d)``."""
         return e
 
     def adapt_dynamics(self, e: Tensor):
@@ -211,8 +211,8 @@ class MetaSSM(Program):
         """Inputs of all bins, ``(R, K, T, input_dim)``."""
         if batch.inputs is None:
             raise ValueError(
-                f"{type(self).__name__}.transition: needed recordings with inputs, got {', '.join(batch.names)} without; "
-                "make them with pm.Recording(..., inputs=...)"
+                f"{type(self).__name__}.transition: needed recordings with inputs, got {', '.join(batch.names)} "
+                "without; make them with pm.Recording(..., inputs=...)"
             )
         return batch.inputs
 

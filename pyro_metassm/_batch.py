@@ -73,7 +73,9 @@ class Batch:
         """
         place = {str(condition): code for code, condition in enumerate(conditions)}
         codes = np.zeros((len(self.names), self.num_trials), dtype=np.int64)
-        for row, name, own in zip(codes, self.names, self.conditions or (), strict=self.conditions is not None):
+        for row, name, own in zip(
+            codes, self.names, self.conditions or (), strict=self.conditions is not None
+        ):
             labels = ["none"] if own is None else [str(label) for label in own]
             if unknown := sorted(set(labels) - set(place)):
                 raise checks.fail(

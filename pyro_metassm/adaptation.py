@@ -75,8 +75,9 @@ def adapt(
         is that of the adaptation.
 
     Raises:
-        ValueError: global sites with rows for recordings or neurons; recordings that the fit knows already, whose bin width is another one or that its likelihood cannot
-            have produced; parts that are not there; a model without shared dynamics; a guide that is not amortised.
+        ValueError: recordings that the fit knows already, whose bin width is another one or that its likelihood cannot
+            have produced; parts that are not there; a model without shared dynamics, or whose global sites have rows
+            for recordings or neurons; a guide that is not amortised.
         NonFiniteLossError: naming step and recording; ``error.fit`` is the last good state.
 
     Example:
@@ -136,14 +137,22 @@ def _check(fit: Fit, new: Recordings, train: Collection[str], learning_rate: flo
             f"fit.guide: needed an AmortizedGuide such as guides.DKF, got {type(fit.guide).__name__}, which has no "
             "read-in to start and no encoder to infer embeddings"
         )
-    owned = [key for key in tables(fit.model, fit.guide)[1] if key.startswith("global_sites.loc.")]
+    try:
+        owned = [key for key in tables(fit.model, fit.guide)[1] if key.startswith("global_sites.loc.")]
+    except ValueError as error:
+        raise ValueError(
+            f"adapt: needed a model that can be made for other recordings, got one where {error}"
+        ) from error
     if owned:
         raise ValueError(
             "adapt: needed global sites that new recordings leave as they are, got "
-            f"{', '.join(key.removeprefix('global_sites.loc.').replace('-', '.') for key in owned)} with rows for recordings "
-            "or neurons, whose posterior a few trials of others do not give; fit all recordings together"
+            f"{', '.join(key.removeprefix('global_sites.loc.').replace('-', '.') for key in owned)} with rows for "
+            "recordings or neurons, whose posterior a few trials of others do not give; fit all recordings together"
         )
-    with torch.no_grad(), fit.model.given(fit.guide.global_sites.medians()):  # a model that shares nothing says so
+    with (
+        torch.no_grad(),
+        fit.model.given(fit.guide.global_sites.medians()),
+    ):  # a model that shares nothing says so
         fit.model.adapt_dynamics(fit.statistics.new_zeros(1, 1, fit.model.embedding_dim))
     for recording in new.values():
         if recording.name in fit.names:

@@ -14,7 +14,7 @@ from torch.autograd.function import once_differentiable
 from torch.distributions import constraints, kl_divergence
 from torch.nn import functional
 
-Transition = Callable[[Tensor], TorchDistribution]
+Transition = Callable[..., TorchDistribution]
 """``(..., K, latent_dim) -> Distribution`` with batch shape ``(..., K)`` and event shape ``(latent_dim,)``."""
 
 
@@ -31,7 +31,7 @@ class MarkovPath(TorchDistribution):
         num_steps: number of time bins, at least 1.
         mask: ``(..., num_steps)`` bool, False where a trial has already ended: those bins have no density. Ends of
             trials only: a bin that exists and was not observed stays True (it still links its neighbours).
-        inputs: ``(..., num_steps, input_dim)``, given to the transition as ``inputs``: those of the bins that it leads to.
+        inputs: ``(..., num_steps, input_dim)``, given to the transition as ``inputs``: those of the bins it leads to.
 
     Raises:
         ValueError: ``initial`` not over a vector, ``num_steps < 1``, or a mask of another number of bins.

@@ -1,8 +1,8 @@
 """Sites that belong to all recordings: the `PyroSample`s of a model, and their mean-field posterior.
 
-A model declares one in its constructor, ``self.tau = PyroSample(prior)``, and reads ``self.tau`` in any hook. It is drawn
-once, before the plates. Outside the program (roll-outs, forecasts) hooks see the values that :meth:`Program.given` puts
-there.
+A model declares one in its constructor, ``self.tau = PyroSample(prior)``, and reads ``self.tau`` in any hook. It is
+drawn once, before the plates. Outside the program (roll-outs, forecasts) hooks see the values that
+:meth:`Program.given` puts there.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 import pyro
 import pyro.distributions as dist
@@ -18,7 +19,14 @@ from pyro import poutine
 from pyro.distributions import TorchDistribution
 from pyro.nn import PyroModule
 from torch import Tensor, nn
-from torch.distributions import ComposeTransform, Distribution, ExpTransform, Transform, biject_to, constraints
+from torch.distributions import (
+    ComposeTransform,
+    Distribution,
+    ExpTransform,
+    Transform,
+    biject_to,
+    constraints,
+)
 
 START_DRAWS = 15  # of the prior, whose median a posterior starts at
 START_SCALE = 0.1
@@ -57,7 +65,9 @@ class Program(PyroModule):
 
         Without it a site that is read there is drawn anew from its prior, every time. Other names are left aside.
         """
-        places = [(vars(module), key, values[name]) for name, (module, key) in named(self).items() if name in values]
+        places = [
+            (vars(module), key, values[name]) for name, (module, key) in named(self).items() if name in values
+        ]
         before = [attributes.get(key) for attributes, key, _ in places]
         for attributes, key, value in places:
             attributes[key] = value  # an instance's own attribute goes before what PyroModule looks up
@@ -82,7 +92,8 @@ class Program(PyroModule):
         """
         own = len(index) + 1
         draws = table.shape[: table.dim() - own]
-        return table.reshape(*draws[:1], *table.shape[-own:])[(..., *index, slice(None))]
+        place: Any = (..., *index, slice(None))
+        return table.reshape(*draws[:1], *table.shape[-own:])[place]
 
     def _apply(self, fn, recurse=True):
         """Move the priors, which hold tensors that are nobody's parameters, with the parameters."""
@@ -110,8 +121,8 @@ def prior_draws(model: Program, num_draws: int) -> dict[str, Tensor]:
 class GlobalPosterior(nn.Module):
     r"""Mean-field posterior of a model's global sites: Normals, mapped onto the priors' supports.
 
-    ``x = b(u)``, ``u_j ~ Normal(loc_j, scale_j)`` with ``b = biject_to(support)``. Of a Normal prior, and of one that is a
-    Normal mapped by the same ``b`` (LogNormal), the divergence is analytic.
+    ``x = b(u)``, ``u_j ~ Normal(loc_j, scale_j)`` with ``b = biject_to(support)``. Of a Normal prior, and of one that
+    is a Normal mapped by the same ``b`` (LogNormal), the divergence is analytic.
 
     Args:
         model: the model; its sites are those that it has now.
@@ -182,8 +193,8 @@ class GlobalPosterior(nn.Module):
 def _transform(name: str, prior: TorchDistribution) -> Transform:
     if prior.batch_shape:
         raise ValueError(
-            f"global site {name!r}: needed a prior without a batch shape, got batch shape {tuple(prior.batch_shape)} and "
-            f"event shape {tuple(prior.event_shape)}; use .to_event({len(prior.batch_shape) + prior.event_dim})"
+            f"global site {name!r}: needed a prior without a batch shape, got batch shape {tuple(prior.batch_shape)} "
+            f"and event shape {tuple(prior.event_shape)}; use .to_event({len(prior.batch_shape) + prior.event_dim})"
         )
     support = prior.support
     while isinstance(support, type(constraints.real_vector)):  # independent: of each number by itself

@@ -126,14 +126,12 @@ class ReadOut(PyroModule):
 
     def forward(self, z: Tensor, recording: Tensor, width: int | None = None) -> Tensor:
         width = max(self.neurons.num_neurons) if width is None else width
-        weight, bias = self.weight, self.bias
-        if weight.dim() > 2 or bias.dim() > 1:  # draws of them, as global sites
+        if self.weight.dim() > 2 or self.bias.dim() > 1:  # draws of a global site
             rows = self.neurons.rows(recording, width)
-            weight = Program.rows(weight, rows)
-            bias = Program.rows(bias.unsqueeze(-1), rows).squeeze(-1)
-            return torch.matmul(z, weight.mT.unsqueeze(-3)) + bias[..., None, None, :]
-        weight = self.neurons.gather(weight, recording, width)
-        bias = self.neurons.gather(bias, recording, width)
+            weight, bias = Program.rows(self.weight, rows), Program.rows(self.bias.unsqueeze(-1), rows)
+            return torch.matmul(z, weight.mT.unsqueeze(-3)) + bias.squeeze(-1)[..., None, None, :]
+        weight = self.neurons.gather(self.weight, recording, width)
+        bias = self.neurons.gather(self.bias, recording, width)
         return linear_by_recording(z, weight.transpose(-1, -2), bias, self.neurons.counts(recording))
 
 

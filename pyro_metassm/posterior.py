@@ -65,8 +65,9 @@ def posterior(
 
     Returns:
         a tree: ``posterior`` (``embedding (chain, draw, recording, embedding_dim)``, and the model's global sites, over
-        ``model.dims`` where these name their dimensions), ``sample_stats`` (the fit's history), and a child for every recording with ``posterior`` (``latents``, ``rates``: expected observation per
-        bin), ``observed_data``, ``constant_data`` and what was asked for. float32, bins that a trial lacks are NaN.
+        ``model.dims`` where these name their dimensions), ``sample_stats`` (the fit's history), and a child for every
+        recording with ``posterior`` (``latents``, ``rates``: expected observation per bin), ``observed_data``,
+        ``constant_data`` and what was asked for. float32, bins that a trial lacks are NaN.
 
     Raises:
         ValueError: a recording that the fit does not know, ``num_samples < 1``.
@@ -127,8 +128,8 @@ def forecast(
 
     The guide sees the first ``context`` bins; from its draw of the last state there, the model's transition is run for
     ``horizon`` bins. Nothing at or after bin ``context`` of a trial reaches its forecast. The embedding comes from the
-    trials that the fit was trained on; for a recording that it was not trained on, from the context bins. A transition that
-    reads inputs is given those of the forecast bins, zeros behind the end of a trial.
+    trials that the fit was trained on; for a recording that it was not trained on, from the context bins. A transition
+    that reads inputs is given those of the forecast bins, zeros behind the end of a trial.
 
     Args:
         fit: a fit that knows the recordings.
@@ -261,7 +262,9 @@ def posterior_chunks(
                 # One embedding a draw for all trials: the first chunk draws it, the others are given it.
                 known: dict[str, Tensor] = {} if embedding is None else {"embedding": embedding}
                 with pyro.plate("draw", draws.stop - draws.start, dim=-3):
-                    sites = poutine.trace(poutine.condition(fit.guide, data=own | known)).get_trace(batch).nodes
+                    sites = (
+                        poutine.trace(poutine.condition(fit.guide, data=own | known)).get_trace(batch).nodes
+                    )
                 embedding, latents = sites["embedding"]["value"], sites["latents"]
                 with fit.model.given(own):
                     yield Chunk(draws, trials, batch, embedding, latents["value"], latents["fn"])

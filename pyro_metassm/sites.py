@@ -11,6 +11,7 @@ from pyro.distributions.torch_distribution import ExpandedDistribution, MaskedDi
 from pyro.poutine.util import prune_subsample_sites
 from torch.distributions import Distribution, Independent
 
+from pyro_metassm.hooks import wrong_hooks
 from pyro_metassm.recordings import Batch, Recordings
 
 WRAPPERS = (Independent, MaskedDistribution, ExpandedDistribution)
@@ -25,9 +26,9 @@ def check(model, guide, recs: Recordings) -> list[str]:
         recs: the recordings that they are to be fitted to.
 
     Returns:
-        one sentence for each thing that does not match: a program that stops with an error, a latent site that only
-        one of them has, other batch or event shapes, other plates, values of the guide that the model's distribution
-        excludes. An empty list where all is well.
+        one sentence for each thing that does not match: a hook that returns another distribution than it must, a
+        program that stops with an error, a latent site that only one of them has, other batch or event shapes, other
+        plates, values of the guide that the model's distribution excludes. An empty list where all is well.
 
     Example:
         >>> import pyro_metassm as pm
@@ -62,6 +63,8 @@ def compare(model, guide, batch: Batch) -> list[str]:
     Raises:
         ProgramError: from what a program raised.
     """
+    if found := wrong_hooks(model, batch):
+        return found
     guide_trace = _trace("guide", guide, batch)
     model_trace = _trace("model", poutine.replay(model, trace=guide_trace), batch)
     guide_trace, model_trace = prune_subsample_sites(guide_trace), prune_subsample_sites(model_trace)
@@ -86,9 +89,9 @@ def mismatches(model_trace: poutine.Trace, guide_trace: poutine.Trace) -> list[s
     found = []
     if lacking:
         found.append(
-            f"the guide lacks the model's latent site(s) {sorted(lacking)}; needed a posterior for each: subclass "
-            "the guide and sample them in its forward before calling super().forward(batch), e.g. "
-            "pyro.sample(name, dist.Delta(parameter).to_event(...)), or make them parameters of the model"
+            f"the guide lacks the model's latent site(s) {sorted(lacking)}; needed a posterior for each: assign it in "
+            "the model's constructor, self.name = PyroSample(prior), before the guide is made, which then has one; or "
+            "subclass the guide and sample it in its forward before super().forward(batch); or make it a parameter"
         )
     if unknown:
         found.append(

@@ -58,18 +58,25 @@ def of_globals(model, draws: Mapping[str, Tensor]) -> dict[str, xr.DataArray]:
         ValueError: names of dims for another number of dimensions than a site has, or coordinates of another length.
     """
     result = {}
-    coords: dict[str, Any] = {"recording": list(model.names), "embedding_dim": range(model.embedding_dim)} | model.coords
+    coords: dict[str, Any] = {
+        "recording": list(model.names),
+        "embedding_dim": range(model.embedding_dim),
+    } | model.coords
     for name, value in draws.items():
         values = value.flatten(0, 2)[None].detach().to("cpu", torch.float32).numpy()
         sizes = values.shape[2:]
         dims = tuple(model.dims.get(name, [f"{name}_dim_{number}" for number in range(len(sizes))]))
-        wrong = [f"{d} ({len(coords[d])})" for d, n in zip(dims, sizes, strict=False) if len(coords.get(d, range(n))) != n]
+        wrong = [
+            f"{d} ({len(coords[d])})"
+            for d, n in zip(dims, sizes, strict=False)
+            if len(coords.get(d, range(n))) != n
+        ]
         if len(dims) != len(sizes) or wrong:
             raise ValueError(
-                f"model.dims[{name!r}]: needed a name for each dimension of {tuple(sizes)} whose coords are as long, got "
-                f"{', '.join(wrong) or dims}"
+                f"model.dims[{name!r}]: needed a name for each dimension of {tuple(sizes)}, with coords as long, "
+                f"got {', '.join(wrong) or dims}"
             )
-        own = {d: list(coords.get(d, range(n))) for d, n in zip(dims, sizes, strict=True)}
+        own: dict[str, Any] = {d: list(coords.get(d, range(n))) for d, n in zip(dims, sizes, strict=True)}
         own |= {"chain": [0], "draw": np.arange(values.shape[1])}
         result[name] = xr.DataArray(values, own, ("chain", "draw", *dims))
     return result

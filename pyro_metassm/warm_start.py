@@ -35,8 +35,8 @@ def initialise(
 ) -> None:
     """Start ``model`` and ``guide`` in place from the training data.
 
-    Global sites take part as parameters and their posteriors are centred where these end; inputs of the transition do not
-    take part: what they do is left to SVI.
+    Global sites take part as parameters and their posteriors are centred where these end; inputs of the transition do
+    not take part: what they do is left to SVI.
 
     Args:
         model, guide: as given to :func:`pyro_metassm.fit`, already on ``device``.
