@@ -198,7 +198,8 @@ class MetaSSM(Program):
     def path_prior(self, e: Tensor, batch: Batch) -> MarkovPath:
         """The prior of whole paths at embeddings ``e``; the guide's roll-outs use the same one."""
         e = self.trial_embedding(e, batch)
-        transition = partial(self.transition, dynamics=self.dynamics_of(e, batch.recording))
+        # A path steps and is scored after the program has ended: it keeps the global sites that it began with.
+        transition = self.bound(partial(self.transition, dynamics=self.dynamics_of(e, batch.recording)))
         inputs = self.inputs_of(batch) if self.reads_inputs else None
         return MarkovPath(self.initial_state(e), transition, batch.num_bins, batch.time_mask, inputs)
 

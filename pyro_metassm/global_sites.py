@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import pyro
@@ -59,25 +59,28 @@ class Program(PyroModule):
         with pyro.settings.context(module_local_params=True), self._pyro_context:
             return {name: getattr(module, attribute) for name, (module, attribute) in named(self).items()}
 
-    @contextmanager
-    def given(self, values: Mapping[str, Tensor]) -> Iterator[None]:
+    def given(self, values: Mapping[str, Tensor]) -> AbstractContextManager[None]:
         """For a while the global sites are these values, for hooks that are called outside of the program, too.
 
         Without it a site that is read there is drawn anew from its prior, every time. Other names are left aside.
         """
-        places = [
-            (vars(module), key, values[name]) for name, (module, key) in named(self).items() if name in values
-        ]
-        before = [attributes.get(key) for attributes, key, _ in places]
-        for attributes, key, value in places:
-            attributes[key] = value  # an instance's own attribute goes before what PyroModule looks up
-        try:
-            yield
-        finally:
-            for (attributes, key, _), value in zip(places, before, strict=True):
-                del attributes[key]
-                if value is not None:
-                    attributes[key] = value
+        found = named(self)
+        return _put(
+            [(vars(found[name][0]), found[name][1], values[name]) for name in found if name in values]
+        )
+
+    def bound(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """A function that sees the global sites as they are now, whenever it is called."""
+        values, found = self.global_sites(), named(self)
+        if not values:
+            return function
+        places = [(vars(module), key, values[name]) for name, (module, key) in found.items()]
+
+        def call(*args, **kwargs):
+            with _put(places):
+                return function(*args, **kwargs)
+
+        return call
 
     @staticmethod
     def rows(table: Tensor, *index: Tensor) -> Tensor:
@@ -102,6 +105,21 @@ class Program(PyroModule):
             if isinstance(prior := module._pyro_samples[key], Distribution):
                 _move(prior, fn)
         return self
+
+
+@contextmanager
+def _put(places: list[tuple[dict[str, Any], str, Tensor]]) -> Iterator[None]:
+    """Values as instances' own attributes, which go before what `PyroModule` looks up; then as it was."""
+    before = [attributes.get(key) for attributes, key, _ in places]
+    for attributes, key, value in places:
+        attributes[key] = value
+    try:
+        yield
+    finally:
+        for (attributes, key, _), value in zip(places, before, strict=True):
+            del attributes[key]
+            if value is not None:
+                attributes[key] = value
 
 
 def _move(distribution: Distribution, function: Callable[[Tensor], Tensor]) -> None:

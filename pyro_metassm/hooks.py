@@ -51,6 +51,8 @@ def _wrong(model, batch: Batch, values: dict[str, Tensor], draws: Shape) -> Iter
         yield _check(f"{who}.embedding_prior", prior, recordings, embedding, expands=True)
         e = torch.randn(*recordings, *embedding, dtype=like.dtype, device=like.device)
         yield _check(f"{who}.initial_state", lambda: model.initial_state(e), trials, latents, expands=True)
+        for part in (model.trial_embedding, model.path_prior):
+            yield _stops(f"{who}.{part.__name__}", partial(part, e, batch))
         path = model.path_prior(e, batch)
         z = 0.1 * torch.randn(*trials, bins, *latents, dtype=like.dtype, device=like.device)
         for steps in (1, bins - 1)[: bins - 1]:  # as the loop calls it, and the density
@@ -73,10 +75,9 @@ def _check(
     joint: bool | None = True,
 ) -> str | None:
     """What is wrong with a distribution over ``(*batch, *event)``; ``joint`` None leaves it to it what is one event."""
-    try:
-        y = call()
-    except Exception as error:
-        return f"{what} stops with an error: {type(error).__name__}: {error}"
+    if found := _stops(what, call):
+        return found
+    y = call()
     if joint is None and isinstance(y, Distribution) and not y.event_shape:
         batch, event = (*batch, *event), ()
     more = " or one that expands to it" if expands else ""
@@ -92,6 +93,14 @@ def _check(
         else ""
     )
     return f"{needed}, got event shape {its_event} and batch shape {own}{hint}"
+
+
+def _stops(what: str, call: Callable[[], object]) -> str | None:
+    try:
+        call()
+    except Exception as error:
+        return f"{what} stops with an error: {type(error).__name__}: {error}"
+    return None
 
 
 def _expands(shape: Shape, target: Shape) -> bool:
