@@ -149,7 +149,7 @@ class MetaSSM(Program):
 
     def embedding_prior_of(self, recording: Tensor) -> TorchDistribution:
         """The priors of these recordings, rows ``recording (R,)`` of the model's tables; batch ``(..., R, 1)``."""
-        return self.embedding_prior()
+        return self.here(self.embedding_prior())
 
     def trial_embedding(self, e: Tensor, batch: Batch) -> Tensor:
         """The embedding of the trials: their recording's, ``(..., R, 1, d)``, or each its own, ``(..., R, K, d)``."""

@@ -56,8 +56,11 @@ class Program(PyroModule):
 
     def global_sites(self) -> dict[str, Tensor]:
         """Draw every global site: one that is first read inside a plate would be one draw for each of its elements."""
+        found = named(self)
+        if not found:
+            return {}
         with pyro.settings.context(module_local_params=True), self._pyro_context:
-            return {name: getattr(module, attribute) for name, (module, attribute) in named(self).items()}
+            return {name: getattr(module, attribute) for name, (module, attribute) in found.items()}
 
     def given(self, values: Mapping[str, Tensor]) -> AbstractContextManager[None]:
         """For a while the global sites are these values, for hooks that are called outside of the program, too.
@@ -71,10 +74,10 @@ class Program(PyroModule):
 
     def bound(self, function: Callable[..., Any]) -> Callable[..., Any]:
         """A function that sees the global sites as they are now, whenever it is called."""
-        values, found = self.global_sites(), named(self)
+        values = self.global_sites()
         if not values:
             return function
-        places = [(vars(module), key, values[name]) for name, (module, key) in found.items()]
+        places = [(vars(module), key, values[name]) for name, (module, key) in named(self).items()]
 
         def call(*args, **kwargs):
             with _put(places):
@@ -98,6 +101,13 @@ class Program(PyroModule):
         place: Any = (..., *index, slice(None))
         return table.reshape(*draws[:1], *table.shape[-own:])[place]
 
+    def here(self, prior: TorchDistribution) -> TorchDistribution:
+        """A distribution with its tensors on the model's device, whichever it was written for."""
+        device = next(self.parameters()).device
+        if device.type != "cpu":
+            _move(prior, lambda tensor: tensor.to(device))
+        return prior
+
     def _apply(self, fn, recurse=True):
         """Move the priors, which hold tensors that are nobody's parameters, with the parameters."""
         super()._apply(fn, recurse)
@@ -116,10 +126,10 @@ def _put(places: list[tuple[dict[str, Any], str, Tensor]]) -> Iterator[None]:
     try:
         yield
     finally:
-        for (attributes, key, _), value in zip(places, before, strict=True):
+        for (attributes, key, _), known in zip(places, before, strict=True):
             del attributes[key]
-            if value is not None:
-                attributes[key] = value
+            if known is not None:
+                attributes[key] = known
 
 
 def _move(distribution: Distribution, function: Callable[[Tensor], Tensor]) -> None:

@@ -152,6 +152,13 @@ def forecast(
     embeddings, children = {}, {}
     for name, recording in recs.items():
         rows = forecast_trials(recs, name, context)
+        ended = int((recording.lengths[rows] < context + horizon).sum())
+        if fit.model.reads_inputs and ended:
+            warnings.warn(
+                f"recording {name!r}: the inputs of {ended} of {len(rows)} trials end before bin {context + horizon}, "
+                "to which they are forecast; they count as zero from there on",
+                stacklevel=2,
+            )
         shape = (num_samples, len(rows), horizon)
         embedding = np.empty((num_samples, fit.model.embedding_dim), np.float32)
         values = {"latents": np.empty((*shape, fit.model.latent_dim), np.float32)}

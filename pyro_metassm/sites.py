@@ -11,6 +11,7 @@ from pyro.distributions.torch_distribution import ExpandedDistribution, MaskedDi
 from pyro.poutine.util import prune_subsample_sites
 from torch.distributions import Distribution, Independent
 
+from pyro_metassm.global_sites import GlobalPosterior, named
 from pyro_metassm.hooks import wrong_hooks
 from pyro_metassm.recordings import Batch, Recordings
 
@@ -65,6 +66,9 @@ def compare(model, guide, batch: Batch) -> list[str]:
     """
     if found := wrong_hooks(model, batch):
         return found
+    own = getattr(guide, "global_sites", None)
+    if isinstance(own, GlobalPosterior) and (lacking := set(named(model)) - set(own.transforms)):
+        return [_lacks(lacking)]  # it would draw them from the prior wherever it asks the model for a path
     guide_trace = _trace("guide", guide, batch)
     model_trace = _trace("model", poutine.replay(model, trace=guide_trace), batch)
     guide_trace, model_trace = prune_subsample_sites(guide_trace), prune_subsample_sites(model_trace)
@@ -88,11 +92,7 @@ def mismatches(model_trace: poutine.Trace, guide_trace: poutine.Trace) -> list[s
     unknown -= {n for n in unknown if guide_trace.nodes[n]["infer"].get("is_auxiliary")}
     found = []
     if lacking:
-        found.append(
-            f"the guide lacks the model's latent site(s) {sorted(lacking)}; needed a posterior for each: assign it in "
-            "the model's constructor, self.name = PyroSample(prior), before the guide is made, which then has one; or "
-            "subclass the guide and sample it in its forward before super().forward(batch); or make it a parameter"
-        )
+        found.append(_lacks(lacking))
     if unknown:
         found.append(
             f"the guide samples {sorted(unknown)}, which the model does not have; remove them from the guide"
@@ -106,6 +106,14 @@ def mismatches(model_trace: poutine.Trace, guide_trace: poutine.Trace) -> list[s
                 "guide's embedding_posterior)"
             )
     return found
+
+
+def _lacks(names: set[str]) -> str:
+    return (
+        f"the guide lacks the model's latent site(s) {sorted(names)}; needed a posterior for each: assign it in the "
+        "model's constructor, self.name = PyroSample(prior), before the guide is made, which then has one; or subclass "
+        "the guide and sample it in its forward before super().forward(batch); or make it a parameter of the model"
+    )
 
 
 def _differences(model_trace: poutine.Trace, guide_trace: poutine.Trace) -> list[str]:

@@ -1,4 +1,4 @@
-"""Sites of all recordings and the edits of docs/edits.md: densities by hand, one count in the ELBO, one set of draws."""
+"""Sites of all recordings and the edits of docs/edits.md: densities by hand, one count in the ELBO, the same draws."""
 
 import ast
 import copy
@@ -12,6 +12,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+import xarray as xr
 from fits import QUICK
 from problems import recordings
 from pyro import poutine
@@ -179,7 +180,7 @@ def test_noise_of_the_transition(recs, name):
 
 @torch.no_grad()
 def test_the_first_state_of_an_embedding(recs):
-    model, guide = made("EmbeddedStart", recs)
+    model, _ = made("EmbeddedStart", recs)
     e = torch.randn(3, 1, 2, dtype=DOUBLE)
     p = model.initial_state(e)
     assert torch.allclose(p.mean, model.initial.loc + e @ model.shift.weight.mT, rtol=1e-12)
@@ -379,13 +380,14 @@ def test_gradients_vanish_at_the_best_mean_field_posterior():
 
 @pytest.fixture(scope="module")
 def fits(recs, driven) -> dict[str, pm.Fit]:
-    """By name of the edit; every one also starts from the data."""
+    """By name of the edit; two of them start from the data."""
     found = {}
     for name in [*WITH_SITES, "Driven"]:
         data = driven if name == "Driven" else recs
         torch.manual_seed(0)
         model = getattr(edits, name)(data, **SIZES, **MORE.get(name, {}))
-        found[name] = pm.fit(model, pm.guides.DKF(model, hidden_dim=4), data, recordings_per_step=2, **QUICK)
+        options = QUICK | {"warm_start": name in ("BySubject", "Driven"), "recordings_per_step": 2}
+        found[name] = pm.fit(model, pm.guides.DKF(model, hidden_dim=4), data, **options)
     return found
 
 
@@ -410,6 +412,23 @@ def test_the_tree_has_the_global_sites(fits, recs, name):
         assert q.log_prob(value).isfinite().all() and value.std(0).min() > 0  # draws differ
     if name == "BySubject":
         assert list(tree["posterior"]["center"].coords["subject"]) == ["ada", "bob"]
+
+
+def test_arviz_reads_the_hyper_parameters(fits, recs, tmp_path):
+    import arviz
+
+    tree = pm.posterior(fits["BySubject"], recs, num_samples=4)
+    rows = arviz.summary(pm.to_arviz(tree), var_names=["center"], kind="stats").index
+    assert [str(row) for row in rows] == [
+        "center[ada, 0]",
+        "center[ada, 1]",
+        "center[bob, 0]",
+        "center[bob, 1]",
+    ]
+    tree = pm.posterior(fits["BayesianReadOut"], recs, num_samples=2)
+    tree.to_netcdf(tmp_path / "tree.nc")
+    with xr.open_datatree(tmp_path / "tree.nc") as read:
+        assert np.array_equal(read["posterior"]["read_out.weight"], tree["posterior"]["read_out.weight"])
 
 
 def test_rates_are_those_of_the_same_draw(fits, recs):
@@ -442,9 +461,11 @@ def test_forecasts_read_the_inputs_of_their_bins(fits, driven):
         [pm.Recording("c", r.observations, bin_width=r.bin_width, lengths=r.lengths, inputs=inputs)]
     )
     options = {"context": 2, "horizon": 7, "num_samples": 3}
-    one, other = (
-        pm.forecast(fit, data, **options)["c/predictions"]["latents"] for data in (driven.select(["c"]), more)
-    )
+    with pytest.warns(UserWarning, match="recording 'c': the inputs of 4 of 4 trials end before bin 9"):
+        one, other = (
+            pm.forecast(fit, data, **options)["c/predictions"]["latents"]
+            for data in (driven.select(["c"]), more)
+        )
     difference = (other - one).values[0]
     row = list(one.coords["trial"].values).index(1)
     step = np.array([[1.0, 0.0], [2.0, -1.0]]) @ change
@@ -573,6 +594,10 @@ def test_given_values_are_seen_by_hooks_and_by_nobody_after(recs):
 def test_priors_move_with_the_model(recs):
     model, _ = made("BySubject", recs, dtype=DOUBLE)
     assert {value.dtype for value in model.global_sites().values()} == {DOUBLE}
+    for name in ("StudentPrior", "MixturePrior"):  # made for a CPU
+        elsewhere = made(name, recs)[0].to("meta")
+        prior = elsewhere.embedding_prior_of(torch.arange(3, device="meta"))
+        assert prior.log_prob(torch.zeros(3, 1, 2, device="meta")).device.type == "meta"
 
 
 def test_rows_of_a_table():
@@ -608,7 +633,7 @@ def with_site(prior, **hooks):
         ({"initial_state": lambda self, e: dist.Normal(e.sum(), 1.0)},
          "Edited.initial_state: needed a Distribution with event shape (2,)", "got event shape ()"),
         ({"transition": lambda self, z, dynamics: dist.Normal(dynamics(z), 1.0)},
-         "Edited.transition: needed a Distribution with event shape (2,) and batch shape (3, 1, 1)", "use .to_event(1)"),
+         "Edited.transition: needed a Distribution with event shape (2,) and batch shape (3, 1,", "use .to_event(1)"),
         ({"transition": lambda self, z, dynamics: dist.Normal(dynamics(z)[..., :1], 1.0).to_event(1)},
          "Edited.transition: needed", "got event shape (1,)"),
         ({"transition": lambda self, z, dynamics: dist.Normal(dynamics(z).mean(-2), 1.0).to_event(1)},
