@@ -596,8 +596,9 @@ def test_priors_move_with_the_model(recs):
     assert {value.dtype for value in model.global_sites().values()} == {DOUBLE}
     for name in ("StudentPrior", "MixturePrior"):  # made for a CPU
         elsewhere = made(name, recs)[0].to("meta")
-        prior = elsewhere.embedding_prior_of(torch.arange(3, device="meta"))
-        assert prior.log_prob(torch.zeros(3, 1, 2, device="meta")).device.type == "meta"
+        with dist.validation_enabled(False):  # a device without numbers
+            prior = elsewhere.embedding_prior_of(torch.arange(3, device="meta"))
+            assert prior.log_prob(torch.zeros(3, 1, 2, device="meta")).device.type == "meta"
 
 
 def test_rows_of_a_table():
