@@ -32,14 +32,13 @@ START_DRAWS = 15  # of the prior, whose median a posterior starts at
 START_SCALE = 0.1
 
 
-def named(model: nn.Module) -> dict[str, tuple[PyroModule, str]]:
+def named(module: PyroModule, path: str = "") -> dict[str, tuple[PyroModule, str]]:
     """The global sites of a model: the module and the attribute of each, by Pyro's name of the site."""
-    return {
-        f"{path}.{attribute}" if path else attribute: (module, attribute)
-        for path, module in model.named_modules()
-        if isinstance(module, PyroModule)
-        for attribute in module._pyro_samples
-    }
+    found = {path + attribute: (module, attribute) for attribute in module._pyro_samples}
+    for name, child in module._modules.items():
+        if isinstance(child, PyroModule):  # in any other module Pyro would not know the site's name
+            found |= named(child, f"{path}{name}.")
+    return found
 
 
 class Program(PyroModule):
