@@ -11,6 +11,7 @@ from pyro.distributions import TorchDistribution
 from torch import Tensor, nn
 
 from pyro_metassm.distributions import MarkovPath
+from pyro_metassm.global_sites import GlobalPosterior
 from pyro_metassm.guides.encoders import EmbeddingEncoder, SetEncoder, smooth
 from pyro_metassm.models.meta_ssm import MetaSSM
 from pyro_metassm.neurons import ReadIn
@@ -20,6 +21,9 @@ from pyro_metassm.recordings import Batch
 
 class AmortizedGuide(nn.Module, ABC):
     r"""An amortised sequential guide, ``q(e_i | y) prod_k q(z_k | y_k, e_i)`` (eq. 14-17).
+
+    Global sites of the model, its ``PyroSample``s, have a mean-field posterior
+    (:class:`~pyro_metassm.global_sites.GlobalPosterior`).
 
     A read-in per recording maps its neurons into a common space, ``ybar = Omega_i(y)``; everything after it is shared
     by all recordings. The first ``latent_dim`` channels of ``ybar``, smoothed over time where the data are noisy, are
@@ -55,6 +59,7 @@ class AmortizedGuide(nn.Module, ABC):
         }
         self.read_in = ReadIn(model.neurons, read_in_dim)
         self.encode_embedding = embedding_encoder(model.latent_dim, model.embedding_dim)
+        self.global_sites = GlobalPosterior(model)
         self.detach_embedding = detach_embedding
         self.smoothing: Tensor
         self.register_buffer(
@@ -90,7 +95,7 @@ class AmortizedGuide(nn.Module, ABC):
         statistics = batch.embedding_statistics
         if statistics is None:
             statistics = self.embedding_statistics(frame, share, batch)
-        with model.recording_plate(batch):
+        with model.given(self.global_sites()), model.recording_plate(batch):
             e = pyro.sample("embedding", self.embedding_posterior(statistics))
             with model.trial_plate(batch), pyro.poutine.scale(scale=batch.trial_scale):
                 prior = model.path_prior(e, batch)

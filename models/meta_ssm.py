@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import warnings
 from functools import partial
 
@@ -9,12 +10,12 @@ import pyro
 import pyro.distributions as dist
 import torch
 from pyro.distributions import TorchDistribution
-from pyro.nn import PyroModule
 from torch import Tensor, nn
 
 from pyro_metassm.describing import describe
 from pyro_metassm.distributions import MarkovPath
 from pyro_metassm.dynamics import LowRankMLP
+from pyro_metassm.global_sites import Program
 from pyro_metassm.likelihoods import Gaussian, Likelihood
 from pyro_metassm.neurons import NeuronTable, ReadOut
 from pyro_metassm.observations import observed
@@ -45,7 +46,7 @@ class DiagonalNoise(nn.Module):
         return self.log_scale.exp()
 
 
-class MetaSSM(PyroModule):
+class MetaSSM(Program):
     r"""One family of latent dynamics for many recordings, indexed by an embedding per recording.
 
     For recording i, trial k and bin t (eq. 8-13)::
@@ -56,7 +57,9 @@ class MetaSSM(PyroModule):
         y_{k,t}|z_{k,t}  ~ p(y | C_i z_{k,t} + d_i)                site "observations"  (trial, time, neuron)
 
     A variant overrides one of the hooks :meth:`embedding_prior`, :meth:`adapt_dynamics`, :meth:`initial_state`,
-    :meth:`transition`, :meth:`likelihood`, or names another ``dynamics_class``; :meth:`forward` stays as it is.
+    :meth:`transition`, :meth:`likelihood`, or names another ``dynamics_class``; :meth:`forward` stays as it is. What it
+    assigns as a ``PyroSample`` in its constructor is one more latent, of all recordings, that the hooks may read; every
+    guide has a posterior of it. ``docs/edits.md`` has an example of each.
 
     Args:
         recordings: the recordings that the model is for (their names, neurons and the scale of their data).
@@ -92,8 +95,7 @@ class MetaSSM(PyroModule):
         hidden_dim: int = 64,
         likelihood: type[Likelihood] = Gaussian,
     ):
-        with pyro.settings.context(module_local_params=True):
-            super().__init__()
+        super().__init__()
         _check_sizes(
             latent_dim=latent_dim, embedding_dim=embedding_dim, hidden_dim=hidden_dim, rank=(rank, 0)
         )
@@ -113,15 +115,18 @@ class MetaSSM(PyroModule):
         self.process_noise = DiagonalNoise(latent_dim, scale=0.1)
         self.read_out = ReadOut(self.neurons, latent_dim)
         self.observation = likelihood(self.neurons)
+        self.dims: dict[str, tuple[str, ...]] = {}  # of the event of a global site, by its name
+        self.coords: dict[str, list] = {}  # of these dims
         if isinstance(
             recordings, NeuronTable
         ):  # sizes alone, as when a saved model is read: nothing to start from
             return
         for recording in recordings.values():
             self.observation.check(recording)
-            if recording.inputs is not None:
+            if recording.inputs is not None and not self.reads_inputs:
                 warnings.warn(
-                    f"recording {recording.name!r} has inputs; MetaSSM's dynamics do not read them",
+                    f"recording {recording.name!r} has inputs; {type(self).__name__}.transition does not read "
+                    "them (it has no argument `inputs`)",
                     stacklevel=2,
                 )
         self.observation.start(recordings)
@@ -142,6 +147,14 @@ class MetaSSM(PyroModule):
         zero = self.process_noise.log_scale.new_zeros(self.embedding_dim)
         return dist.Normal(zero, 1.0).to_event(1)
 
+    def embedding_prior_of(self, recording: Tensor) -> TorchDistribution:
+        """The priors of these recordings, rows ``recording (R,)`` of the model's tables; batch ``(..., R, 1)``."""
+        return self.here(self.embedding_prior())
+
+    def trial_embedding(self, e: Tensor, batch: Batch) -> Tensor:
+        """The embedding of the trials: their recording's, ``(..., R, 1, d)``, or each its own, ``(..., R, K, d)``."""
+        return e
+
     def adapt_dynamics(self, e: Tensor):
         """The dynamics at ``e (..., R, 1, embedding_dim)``: a callable from states to next means (eq. 12)."""
         return self.dynamics(e)
@@ -158,24 +171,23 @@ class MetaSSM(PyroModule):
         return dist.Normal(self.initial.loc, self.initial.scale).to_event(1)
 
     def transition(self, z: Tensor, dynamics) -> TorchDistribution:
-        """Distribution of the successors of states ``z (..., K, latent_dim)``, batch ``(..., K)`` (eq. 10)."""
+        """Distribution of the successors of states ``z (..., K, latent_dim)``, batch ``(..., K)`` (eq. 10).
+
+        With one more argument, ``inputs``, it is given those of the successors' bins, ``(..., K, input_dim)``.
+        """
         return dist.Normal(dynamics(z), self.process_noise()).to_event(1)
 
     def likelihood(self, predictor: Tensor, recording: Tensor) -> TorchDistribution:
         """Distribution over the neurons given ``predictor (..., R, K, T, neuron)``; ``recording (R,)`` are rows."""
         return self.observation(predictor, recording)
 
-    def __call__(self, *args, **kwargs):
-        # Parameters stay in the module: Pyro's global store is neither read nor written, in any run of the program.
-        with pyro.settings.context(module_local_params=True):
-            return super().__call__(*args, **kwargs)
-
     # ---- the program --------------------------------------------------------------------------------------------
 
     def forward(self, batch: Batch) -> Tensor:
         """Eq. 8-11 for all recordings of a batch at once; returns the predictor ``(..., R, K, T, neuron)``."""
+        self.global_sites()
         with self.recording_plate(batch):
-            e = pyro.sample("embedding", self.embedding_prior())
+            e = pyro.sample("embedding", self.embedding_prior_of(batch.recording))
             with self.trial_plate(batch), pyro.poutine.scale(scale=batch.trial_scale):
                 z = pyro.sample("latents", self.path_prior(e, batch))
                 predictor = self.read_out(z, batch.recording, batch.width)
@@ -185,8 +197,25 @@ class MetaSSM(PyroModule):
 
     def path_prior(self, e: Tensor, batch: Batch) -> MarkovPath:
         """The prior of whole paths at embeddings ``e``; the guide's roll-outs use the same one."""
-        transition = partial(self.transition, dynamics=self.dynamics_of(e, batch.recording))
-        return MarkovPath(self.initial_state(e), transition, batch.num_bins, batch.time_mask)
+        e = self.trial_embedding(e, batch)
+        # A path steps and is scored after the program has ended: it keeps the global sites that it began with.
+        transition = self.bound(partial(self.transition, dynamics=self.dynamics_of(e, batch.recording)))
+        inputs = self.inputs_of(batch) if self.reads_inputs else None
+        return MarkovPath(self.initial_state(e), transition, batch.num_bins, batch.time_mask, inputs)
+
+    @property
+    def reads_inputs(self) -> bool:
+        """Whether :meth:`transition` has an argument ``inputs``."""
+        return "inputs" in inspect.signature(self.transition).parameters
+
+    def inputs_of(self, batch: Batch) -> Tensor:
+        """Inputs of all bins, ``(R, K, T, input_dim)``."""
+        if batch.inputs is None:
+            raise ValueError(
+                f"{type(self).__name__}.transition: needed recordings with inputs, got {', '.join(batch.names)} "
+                "without; make them with pm.Recording(..., inputs=...)"
+            )
+        return batch.inputs
 
     def recording_plate(self, batch: Batch) -> pyro.plate:
         """Scales a sub-sample of recordings up to all of them."""

@@ -6,6 +6,7 @@ from pyro_metassm import likelihoods as likelihoods
 from pyro_metassm import metrics as metrics
 from pyro_metassm import models as models
 from pyro_metassm import simulate as simulate
+from pyro_metassm import transitions as transitions
 from pyro_metassm.adaptation import adapt as adapt
 from pyro_metassm.comparing import compare as compare
 from pyro_metassm.posterior import forecast as forecast

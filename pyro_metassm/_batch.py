@@ -33,6 +33,8 @@ class Batch:
         num_recordings: Size of the recording plate: all recordings, of which the batch may hold some.
         embedding_statistics: What a guide has gathered about the embeddings, where they must not come from
             the trials of this batch; None otherwise.
+        conditions: Of each recording those of its trials in this batch (without the padding), or None where it
+            has none; None for a batch that was not made from recordings.
     """
 
     names: tuple[str, ...]
@@ -46,6 +48,7 @@ class Batch:
     inputs: Tensor | None
     num_recordings: int
     embedding_statistics: Tensor | None = None
+    conditions: tuple[np.ndarray | None, ...] | None = None
 
     @property
     def num_trials(self) -> int:
@@ -61,6 +64,28 @@ class Batch:
     def width(self) -> int:
         """N, neurons of the largest recording in the batch."""
         return self.observations.shape[3]
+
+    def condition_codes(self, conditions: Sequence[Any]) -> Tensor:
+        """The place of every trial's condition in a list, `(R, K)` long; 0 in the padding.
+
+        Raises:
+            ValueError: A recording without conditions, or with one that the list lacks.
+        """
+        place = {str(condition): code for code, condition in enumerate(conditions)}
+        codes = np.zeros((len(self.names), self.num_trials), dtype=np.int64)
+        for row, name, own in zip(
+            codes, self.names, self.conditions or (), strict=self.conditions is not None
+        ):
+            labels = ["none"] if own is None else [str(label) for label in own]
+            if unknown := sorted(set(labels) - set(place)):
+                raise checks.fail(
+                    name,
+                    f"trials of the conditions {checks.some(list(place))}",
+                    checks.some(unknown),
+                    "give each trial one of them, pm.Recording(..., condition=...)",
+                )
+            row[: len(labels)] = [place[label] for label in labels]
+        return moved(codes, self.observations.device)
 
     def first_bins(self, stop: int) -> Batch:
         """The batch cut before bin `stop`: nothing at or after it is left anywhere."""
@@ -158,6 +183,10 @@ def collate(
         trial_scale=moved(np.array(scale), device).to(dtype),
         inputs=inputs,
         num_recordings=len(recs),
+        conditions=tuple(
+            None if recording.condition is None else recording.condition[index]
+            for recording, index in zip(chosen, indices, strict=True)
+        ),
     )
 
 

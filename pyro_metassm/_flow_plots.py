@@ -242,9 +242,9 @@ def displacement(fit: Fit, recording: str, states: np.ndarray) -> np.ndarray:
     """Mean displacement in a bin of states ``(..., latent_dim)``, at the recording's mean embedding."""
     row = fit.names.index(recording)
     z = torch.as_tensor(states.reshape(1, 1, -1, states.shape[-1]), dtype=fit.dtype, device=fit.device)
-    with torch.no_grad():
+    with torch.no_grad(), fit.model.given(fit.guide.global_sites.medians()):
         dynamics = fit.model.dynamics_of(_embedding(fit, row), torch.tensor([row], device=fit.device))
-        change = fit.model.transition(z, dynamics).mean - z
+        change = _successor(fit.model, z, dynamics).mean - z
     return change.cpu().numpy().reshape(states.shape)
 
 
@@ -299,13 +299,21 @@ def _rollouts(fit: Fit, recording: str, trials: int = 64, bins: int = 100) -> tu
     row = fit.names.index(recording)
     e = _embedding(fit, row)
     fork = [fit.device] if fit.device.type == "cuda" else []
-    with torch.no_grad(), torch.random.fork_rng(fork):
+    medians = fit.model.given(fit.guide.global_sites.medians())
+    with torch.no_grad(), torch.random.fork_rng(fork), medians:
         torch.manual_seed(0)
         dynamics = fit.model.dynamics_of(e, torch.tensor([row], device=fit.device))
         z = [fit.model.initial_state(e).expand((1, trials)).sample().unsqueeze(-2)]
         for _ in range(bins - 1):
-            z.append(fit.model.transition(z[-1], dynamics).sample())
+            z.append(_successor(fit.model, z[-1], dynamics).sample())
     return torch.cat(z, -2)[0].cpu().numpy(), None
+
+
+def _successor(model, z: torch.Tensor, dynamics):
+    """The transition, of inputs that are zero where it reads any."""
+    if not model.reads_inputs:
+        return model.transition(z, dynamics)
+    return model.transition(z, dynamics, inputs=z.new_zeros(*z.shape[:-1], model.config.get("input_dim", 1)))
 
 
 def _over_a_bin(derivative: Callable, bin_width: float | None) -> Callable:

@@ -76,7 +76,8 @@ def adapt(
 
     Raises:
         ValueError: recordings that the fit knows already, whose bin width is another one or that its likelihood cannot
-            have produced; parts that are not there; a model without shared dynamics; a guide that is not amortised.
+            have produced; parts that are not there; a model without shared dynamics, or whose global sites have rows
+            for recordings or neurons; a guide that is not amortised.
         NonFiniteLossError: naming step and recording; ``error.fit`` is the last good state.
 
     Example:
@@ -111,7 +112,8 @@ def adapt(
         prior = ReadOutPrior.of(
             fit.model, [name for name, row in zip(fit.names, _trained(fit), strict=True) if row]
         )
-        report = _start(fit, model, guide, new, prior, parts, num_starts, search_steps, seed, bar)
+        with model.given(guide.global_sites.medians()):
+            report = _start(fit, model, guide, new, prior, parts, num_starts, search_steps, seed, bar)
         options = Options(num_steps, trials_per_step, None, learning_rate, False, 0, 1.0, 0.0, seed)
         trainer = Adapter(fit, model, guide, new, prior, options, parts, report)
         trainer.seconds["search"] = time.perf_counter() - began
@@ -135,7 +137,22 @@ def _check(fit: Fit, new: Recordings, train: Collection[str], learning_rate: flo
             f"fit.guide: needed an AmortizedGuide such as guides.DKF, got {type(fit.guide).__name__}, which has no "
             "read-in to start and no encoder to infer embeddings"
         )
-    with torch.no_grad():  # a model that shares nothing says so
+    try:
+        owned = [key for key in tables(fit.model, fit.guide)[1] if key.startswith("global_sites.loc.")]
+    except ValueError as error:
+        raise ValueError(
+            f"adapt: needed a model that can be made for other recordings, got one where {error}"
+        ) from error
+    if owned:
+        raise ValueError(
+            "adapt: needed global sites that new recordings leave as they are, got "
+            f"{', '.join(key.removeprefix('global_sites.loc.').replace('-', '.') for key in owned)} with rows for "
+            "recordings or neurons, whose posterior a few trials of others do not give; fit all recordings together"
+        )
+    with (
+        torch.no_grad(),
+        fit.model.given(fit.guide.global_sites.medians()),
+    ):  # a model that shares nothing says so
         fit.model.adapt_dynamics(fit.statistics.new_zeros(1, 1, fit.model.embedding_dim))
     for recording in new.values():
         if recording.name in fit.names:

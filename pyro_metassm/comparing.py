@@ -14,6 +14,7 @@ from torch import Tensor
 
 from pyro_metassm import _checks as checks
 from pyro_metassm._scores import spike_information
+from pyro_metassm.global_sites import named
 from pyro_metassm.observations import observed
 from pyro_metassm.posterior import (
     forecast_chunks,
@@ -43,7 +44,7 @@ def compare(
 ) -> pd.DataFrame:
     r"""Scores of several fits on trials that none of them has seen, beside one another.
 
-    With draws ``e ~ q(e)`` from the training trials, ``z_s ~ q(z | y, e)`` and the weights
+    With draws ``e ~ q(e)`` (and of global sites) from the training trials, ``z_s ~ q(z | y, e)`` and the weights
     ``w_s = p(y | z_s) p(z_s | e) / q(z_s | y, e)`` of every trial, the columns are, higher is better but for ``crps``:
 
     - ``elbo``: ``mean log w_s``, and ``iw``: ``log mean w_s``, a tighter bound of the log density of a trial given the
@@ -103,11 +104,14 @@ def compare(
 def _check(fits: Mapping[str, Fit], test: Recordings) -> None:
     for name, fit in fits.items():
         more = sorted(
-            str(key).removeprefix("kl_") for key in set(fit.history) - SITES if str(key).startswith("kl_")
+            str(key).removeprefix("kl_")
+            for key in set(fit.history) - SITES - {f"kl_{site}" for site in named(fit.model)}
+            if str(key).startswith("kl_")
         )
         if more:
             raise ValueError(
-                f"compare: {name!r} has the latent sites {more}; needed none besides the embedding and the latents"
+                f"compare: {name!r} has the latent sites {more}; needed none besides the embedding, the latents "
+                "and PyroSamples"
             )
     discrete = {name: _is_discrete(fit, test) for name, fit in fits.items()}
     if len(set(discrete.values())) > 1:

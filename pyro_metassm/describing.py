@@ -40,16 +40,16 @@ def _sites(model) -> list[tuple[str, ...]]:
             continue
         plates = ", ".join(frame.name for frame in site["cond_indep_stack"]) or "none"
         observed = " (observed)" * site["is_observed"]
-        rows.append((name, family(site["fn"]) + observed, plates, _event(name, site["fn"].event_shape)))
+        known = (EVENTS | model.dims).get(name, ())
+        rows.append((name, family(site["fn"]) + observed, plates, _event(known, site["fn"].event_shape)))
         if isinstance(path := site["fn"], MarkovPath):
             with torch.no_grad():
-                following = path.transition(site["value"][..., :-1, :])
+                following = path.into(slice(1, None), site["value"][..., :-1, :])
             rows += [("  first", family(path.initial), "", ""), ("  next", family(following), "", "")]
     return rows
 
 
-def _event(name: str, shape: torch.Size) -> str:
-    known = EVENTS.get(name, ())
+def _event(known: tuple[str, ...], shape: torch.Size) -> str:
     if not shape or len(known) != len(shape):
         return ", ".join(map(str, shape)) or "a number"
     told = ("time", "neuron")  # their sizes are the batch's
@@ -93,6 +93,12 @@ def _empty(model) -> Batch:
         held_in=torch.ones(num, most, dtype=torch.bool, device=device),
         num_neurons=neurons.num_neurons,
         trial_scale=torch.ones(num, 1, dtype=like.dtype, device=device),
-        inputs=None,
+        inputs=_no_inputs(model, shape, like),
         num_recordings=num,
     )
+
+
+def _no_inputs(model, shape: tuple[int, ...], like: torch.Tensor) -> torch.Tensor | None:
+    """Zeros, for a transition that reads inputs; how many a model is for is in its configuration."""
+    number = model.config.get("input_dim") if model.reads_inputs else None
+    return None if number is None else like.new_zeros(*shape[:3], number)

@@ -14,7 +14,7 @@ from torch.autograd.function import once_differentiable
 from torch.distributions import constraints, kl_divergence
 from torch.nn import functional
 
-Transition = Callable[[Tensor], TorchDistribution]
+Transition = Callable[..., TorchDistribution]
 """``(..., K, latent_dim) -> Distribution`` with batch shape ``(..., K)`` and event shape ``(latent_dim,)``."""
 
 
@@ -31,6 +31,7 @@ class MarkovPath(TorchDistribution):
         num_steps: number of time bins, at least 1.
         mask: ``(..., num_steps)`` bool, False where a trial has already ended: those bins have no density. Ends of
             trials only: a bin that exists and was not observed stays True (it still links its neighbours).
+        inputs: ``(..., num_steps, input_dim)``, given to the transition as ``inputs``: those of the bins it leads to.
 
     Raises:
         ValueError: ``initial`` not over a vector, ``num_steps < 1``, or a mask of another number of bins.
@@ -51,6 +52,7 @@ class MarkovPath(TorchDistribution):
         transition: Transition,
         num_steps: int,
         mask: Tensor | None = None,
+        inputs: Tensor | None = None,
         validate_args: bool | None = None,
     ):
         if len(initial.event_shape) != 1:
@@ -66,12 +68,8 @@ class MarkovPath(TorchDistribution):
         batch_shape = initial.batch_shape
         if mask is not None:
             batch_shape = torch.broadcast_shapes(batch_shape, mask.shape[:-1])
-        self.initial, self.transition, self.num_steps, self.mask_of_bins = (
-            initial,
-            transition,
-            num_steps,
-            mask,
-        )
+        self.initial, self.transition, self.num_steps = initial, transition, num_steps
+        self.mask_of_bins, self.inputs = mask, inputs
         super().__init__(
             batch_shape, torch.Size((num_steps, *initial.event_shape)), validate_args=validate_args
         )
@@ -82,7 +80,14 @@ class MarkovPath(TorchDistribution):
 
     def expand(self, batch_shape, _instance=None) -> MarkovPath:
         initial = self.initial.expand(batch_shape)
-        return MarkovPath(initial, self.transition, self.num_steps, self.mask_of_bins, validate_args=False)
+        mask, inputs = self.mask_of_bins, self.inputs
+        return MarkovPath(initial, self.transition, self.num_steps, mask, inputs, validate_args=False)
+
+    def into(self, bins: slice, z: Tensor) -> TorchDistribution:
+        """Distribution of the states in these bins, given those in the bins before them, ``z (..., K, latent_dim)``."""
+        if self.inputs is None:
+            return self.transition(z)
+        return self.transition(z, inputs=self.inputs[..., bins, :])
 
     def rsample(self, sample_shape: torch.Size = torch.Size()) -> Tensor:
         return self._draw(sample_shape, "rsample")
@@ -94,8 +99,8 @@ class MarkovPath(TorchDistribution):
     def _draw(self, sample_shape, how: str) -> Tensor:
         z = getattr(self.initial.expand(self.batch_shape), how)(sample_shape).unsqueeze(-2)
         states = [z]
-        for _ in range(self.num_steps - 1):
-            z = getattr(self.transition(z), how)()
+        for t in range(1, self.num_steps):
+            z = getattr(self.into(slice(t, t + 1), z), how)()
             states.append(z)
         return torch.cat(states, -2)
 
@@ -108,7 +113,7 @@ class MarkovPath(TorchDistribution):
         first = self.initial.log_prob(value[..., 0, :])
         if self.num_steps == 1:
             return self.masked(first.unsqueeze(-1))
-        rest = self.transition(value[..., :-1, :]).log_prob(value[..., 1:, :])
+        rest = self.into(slice(1, None), value[..., :-1, :]).log_prob(value[..., 1:, :])
         return self.masked(_along_time(first, rest))
 
     def masked(self, factors: Tensor) -> Tensor:
@@ -169,6 +174,8 @@ class RolloutPath(TorchDistribution):
 
         Asked of one state in place of that dimension: if it belongs to all, what comes back belongs to all.
         """
+        if self.prior.inputs is not None:
+            return False
         state = z[..., :1, :1, :].detach()
         with torch.no_grad(), contextlib.suppress(RuntimeError):  # it may insist on the trials that it has
             return self.prior.transition(state).batch_shape == state.shape[:-1]
@@ -184,9 +191,14 @@ class RolloutPath(TorchDistribution):
         places = (places.pin_memory() if z.is_cuda else places).to(z.device, non_blocking=True)
         places = places.unsqueeze(-1).expand(*z.shape[:-2], -1, z.shape[-1])
         states = z.gather(-2, places[..., : runs.widths[0], :])
-        bins = [z]
-        for width in runs.widths:
-            states = self.prior.transition(states[..., :width, :].contiguous()).rsample()
+        bins, inputs = [z], self.prior.inputs
+        for depth, width in enumerate(runs.widths):
+            states, more = states[..., :width, :].contiguous(), {}
+            if inputs is not None:
+                into = (places[..., :width, :1] + depth + 1).clamp(max=inputs.shape[-2] - 1)
+                u = inputs.expand(*z.shape[:-2], *inputs.shape[-2:])
+                more["inputs"] = u.gather(-2, into.expand(*into.shape[:-1], u.shape[-1]))
+            states = self.prior.transition(states, **more).rsample()
             bins.append(states)
         return torch.cat(bins, -2).gather(-2, places[..., runs.widths[0] :, :])
 
@@ -203,7 +215,7 @@ class RolloutPath(TorchDistribution):
 
         Bin by bin analytic where the prior's factor is Normal, the sampled log ratio where it is not.
         """
-        successor = prior.transition(value[..., :-1, :]) if prior.num_steps > 1 else None
+        successor = prior.into(slice(1, None), value[..., :-1, :]) if prior.num_steps > 1 else None
         if _is_normal(prior.initial) and (successor is None or _is_normal(successor)):
             kl = self._kl_of_normals(prior.initial.base_dist, successor and successor.base_dist)
         else:

@@ -25,6 +25,7 @@ class Terms:
         kl: divergence by latent site.
         by_recording: the ELBO of each recording of the batch, scaled as in the sum, ``(R,)``.
         embedding: the value drawn for the embedding.
+        values: those drawn for all latent sites.
     """
 
     elbo: Tensor
@@ -32,6 +33,7 @@ class Terms:
     kl: dict[str, Tensor]
     by_recording: Tensor
     embedding: Tensor
+    values: dict[str, Tensor]
 
 
 class SequentialELBO(ELBO):
@@ -71,7 +73,8 @@ class SequentialELBO(ELBO):
                     tuple(d for d in range(term.dim()) if d != term.dim() - 2)
                 )
         elbo = log_likelihood - sum(kl.values())
-        return Terms(elbo, log_likelihood, kl, by_recording.detach(), guide_trace.nodes["embedding"]["value"])
+        values = {name: guide_trace.nodes[name]["value"] for name in kl}
+        return Terms(elbo, log_likelihood, kl, by_recording.detach(), values["embedding"], values)
 
     def loss(self, model, guide, *args, **kwargs) -> float:
         """Minus the ELBO as a number."""

@@ -12,9 +12,11 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 from jaxtyping import Float, Int
+from pyro.nn import PyroModule
 from torch import Tensor, nn
 
 from pyro_metassm.blocks import everywhere
+from pyro_metassm.global_sites import Program
 from pyro_metassm.products import centred_product, linear_by_recording
 from pyro_metassm.recordings import Batch, Recordings
 
@@ -103,7 +105,7 @@ class NeuronTable(nn.Module):
         return parameter.index_select(0, rows.reshape(-1)).reshape(*rows.shape, *parameter.shape[1:])
 
 
-class ReadOut(nn.Module):
+class ReadOut(PyroModule):
     """Affine read-out of every recording, ``predictor = z C_i + d_i`` (eq. 10).
 
     Args:
@@ -113,6 +115,9 @@ class ReadOut(nn.Module):
     Shape: ``(..., R, K, T, latent_dim) -> (..., R, K, T, neuron)``.
     """
 
+    # A PyroModule, so that weight or bias may be a PyroSample; a part of the model's program, not one of its own.
+    __call__ = nn.Module.__call__
+
     def __init__(self, neurons: NeuronTable, latent_dim: int):
         super().__init__()
         self.neurons = neurons
@@ -121,6 +126,10 @@ class ReadOut(nn.Module):
 
     def forward(self, z: Tensor, recording: Tensor, width: int | None = None) -> Tensor:
         width = max(self.neurons.num_neurons) if width is None else width
+        if self.weight.dim() > 2 or self.bias.dim() > 1:  # draws of a global site
+            rows = self.neurons.rows(recording, width)
+            weight, bias = Program.rows(self.weight, rows), Program.rows(self.bias.unsqueeze(-1), rows)
+            return torch.matmul(z, weight.mT.unsqueeze(-3)) + bias.squeeze(-1)[..., None, None, :]
         weight = self.neurons.gather(self.weight, recording, width)
         bias = self.neurons.gather(self.bias, recording, width)
         return linear_by_recording(z, weight.transpose(-1, -2), bias, self.neurons.counts(recording))

@@ -17,9 +17,10 @@ from torch import Tensor
 
 from pyro_metassm import _checks as checks
 from pyro_metassm import trees
+from pyro_metassm.global_sites import named, prior_draws
 from pyro_metassm.models.meta_ssm import MetaSSM
 from pyro_metassm.observations import observed
-from pyro_metassm.recordings import Batch, Recordings
+from pyro_metassm.recordings import Batch, Recording, Recordings
 from pyro_metassm.result import Fit, recording_statistics
 
 ELEMENTS = 8_000_000  # numbers a chunk of draws: about 32 MiB a tensor, some ten tensors at a time
@@ -34,7 +35,7 @@ class Chunk:
     trials: np.ndarray
     batch: Batch
     embedding: Tensor  # (S, 1, 1, embedding_dim)
-    latents: Tensor  # (S, 1, K, T, latent_dim)
+    latents: Tensor  # (S, 1, K, T, latent_dim); the hooks see the global sites of the same draws
     path: TorchDistribution  # of the guide, that these latents were drawn from (up to the context)
 
 
@@ -63,9 +64,10 @@ def posterior(
         seed: of the draws.
 
     Returns:
-        a tree: ``posterior`` (``embedding (chain, draw, recording, embedding_dim)``), ``sample_stats`` (the fit's
-        history), and a child for every recording with ``posterior`` (``latents``, ``rates``: expected observation per
-        bin), ``observed_data``, ``constant_data`` and what was asked for. float32, bins that a trial lacks are NaN.
+        a tree: ``posterior`` (``embedding (chain, draw, recording, embedding_dim)``, and the model's global sites, over
+        ``model.dims`` where these name their dimensions), ``sample_stats`` (the fit's history), and a child for every
+        recording with ``posterior`` (``latents``, ``rates``: expected observation per bin), ``observed_data``,
+        ``constant_data`` and what was asked for. float32, bins that a trial lacks are NaN.
 
     Raises:
         ValueError: a recording that the fit does not know, ``num_samples < 1``.
@@ -107,7 +109,8 @@ def posterior(
         if per_trial is not None:
             groups["log_likelihood"] = {"observations": per_trial}
         children[name] = trees.recording_groups(recording, groups, recs.truth.get(name))
-    return trees.tree(embeddings, children, fit.history, {"seed": seed})
+    shared = trees.of_globals(fit.model, _global_draws(fit, num_samples, seed))
+    return trees.tree(embeddings, children, fit.history, {"seed": seed}, shared)
 
 
 def forecast(
@@ -125,7 +128,8 @@ def forecast(
 
     The guide sees the first ``context`` bins; from its draw of the last state there, the model's transition is run for
     ``horizon`` bins. Nothing at or after bin ``context`` of a trial reaches its forecast. The embedding comes from the
-    trials that the fit was trained on; for a recording that it was not trained on, from the context bins.
+    trials that the fit was trained on; for a recording that it was not trained on, from the context bins. A transition
+    that reads inputs is given those of the forecast bins, zeros behind the end of a trial.
 
     Args:
         fit: a fit that knows the recordings.
@@ -148,6 +152,13 @@ def forecast(
     embeddings, children = {}, {}
     for name, recording in recs.items():
         rows = forecast_trials(recs, name, context)
+        ended = int((recording.lengths[rows] < context + horizon).sum())
+        if fit.model.reads_inputs and ended:
+            warnings.warn(
+                f"recording {name!r}: the inputs of {ended} of {len(rows)} trials end before bin {context + horizon}, "
+                "to which they are forecast; they count as zero from there on",
+                stacklevel=2,
+            )
         shape = (num_samples, len(rows), horizon)
         embedding = np.empty((num_samples, fit.model.embedding_dim), np.float32)
         values = {"latents": np.empty((*shape, fit.model.latent_dim), np.float32)}
@@ -168,9 +179,9 @@ def forecast(
         children[name] = trees.recording_groups(
             recording, {"predictions": values}, recs.truth.get(name), rows, window
         )
-    return trees.tree(
-        embeddings, children, fit.history, {"seed": seed, "context": context, "horizon": horizon}
-    )
+    shared = trees.of_globals(fit.model, _global_draws(fit, num_samples, seed))
+    attrs = {"seed": seed, "context": context, "horizon": horizon}
+    return trees.tree(embeddings, children, fit.history, attrs, shared)
 
 
 def prior_predictive(
@@ -191,6 +202,8 @@ def prior_predictive(
     checks.integers(num_samples=num_samples)
     embeddings, children = {}, {}
     parameter = next(model.parameters())
+    with _seeded(seed, "", parameter.device):
+        shared = prior_draws(model, num_samples)
     for name, recording in recs.items():
         shape = (num_samples, recording.num_trials, recording.num_bins)
         latents = np.full((*shape, model.latent_dim), np.nan, np.float32)
@@ -202,9 +215,10 @@ def prior_predictive(
         with _seeded(seed, name, parameter.device), torch.no_grad():
             for first in range(0, num_samples, size):
                 draws = slice(first, min(first + size, num_samples))
-                with pyro.plate("draw", draws.stop - draws.start, dim=-3):
-                    sites = poutine.trace(poutine.uncondition(model)).get_trace(batch).nodes
-                y = observation(model, sites["latents"]["value"], batch)
+                with model.given(_of(shared, draws)):
+                    with pyro.plate("draw", draws.stop - draws.start, dim=-3):
+                        sites = poutine.trace(poutine.uncondition(model)).get_trace(batch).nodes
+                    y = observation(model, sites["latents"]["value"], batch)
                 embedding[draws] = to_numpy(sites["embedding"]["value"][:, 0, 0])
                 values = (sites["latents"]["value"], y.mean, sites["observations"]["value"])
                 for target, value in zip((latents, rates, drawn), values, strict=True):
@@ -212,7 +226,8 @@ def prior_predictive(
         embeddings[name] = embedding
         groups = {"prior": {"latents": latents, "rates": rates}, "prior_predictive": {"observations": drawn}}
         children[name] = trees.recording_groups(recording, groups, recs.truth.get(name))
-    return trees.tree(embeddings, children, None, {"seed": seed}, group="prior")
+    groups_of_all = trees.of_globals(model, shared)
+    return trees.tree(embeddings, children, None, {"seed": seed}, groups_of_all, group="prior")
 
 
 def posterior_chunks(
@@ -239,9 +254,11 @@ def posterior_chunks(
     statistics = fit.statistics[[fit.names.index(name)]]
     if not bool(statistics.isfinite().all()):  # not seen in training: of the trials at hand, all of them
         statistics = recording_statistics(fit.guide, recs, name, rows, context).unsqueeze(0)
+    shared = _global_draws(fit, num_samples, seed)
     with _seeded(seed, name, fit.device), torch.no_grad():
         for first in range(0, num_samples, many):
             draws, embedding = slice(first, min(first + many, num_samples)), None
+            own = _of(shared, draws)
             for start in range(0, len(rows), trials_at_once):
                 trials = np.array(rows[start : start + trials_at_once])
                 batch = recs.batch(
@@ -252,9 +269,12 @@ def posterior_chunks(
                 # One embedding a draw for all trials: the first chunk draws it, the others are given it.
                 known: dict[str, Tensor] = {} if embedding is None else {"embedding": embedding}
                 with pyro.plate("draw", draws.stop - draws.start, dim=-3):
-                    sites = poutine.trace(poutine.condition(fit.guide, data=known)).get_trace(batch).nodes
+                    sites = (
+                        poutine.trace(poutine.condition(fit.guide, data=own | known)).get_trace(batch).nodes
+                    )
                 embedding, latents = sites["embedding"]["value"], sites["latents"]
-                yield Chunk(draws, trials, batch, embedding, latents["value"], latents["fn"])
+                with fit.model.given(own):
+                    yield Chunk(draws, trials, batch, embedding, latents["value"], latents["fn"])
 
 
 def forecast_chunks(
@@ -270,12 +290,35 @@ def forecast_chunks(
 ) -> Iterator[Chunk]:
     """As :func:`posterior_chunks`, with the latents of the ``horizon`` bins after ``context``."""
     for chunk in posterior_chunks(fit, recs, name, num_samples, seed, chunk_size, rows, context):
-        dynamics = fit.model.dynamics_of(chunk.embedding, chunk.batch.recording)
+        prior = fit.model.path_prior(chunk.embedding, _ahead(chunk, recs[name], context, horizon))
         z, path = chunk.latents[..., -1:, :], []
-        for _ in range(horizon):
-            z = fit.model.transition(z, dynamics).sample()
+        for step in range(horizon):
+            z = prior.into(slice(step, step + 1), z).sample()
             path.append(z)
         yield dataclasses.replace(chunk, latents=torch.cat(path, -2))
+
+
+def _ahead(chunk: Chunk, recording: Recording, context: int, horizon: int) -> Batch:
+    """The batch with the inputs of the bins after ``context``; they are zero where a trial has ended."""
+    if chunk.batch.inputs is None or recording.inputs is None:
+        return chunk.batch
+    window = slice(context, context + horizon)
+    known = torch.as_tensor(recording.inputs[chunk.trials, window]).to(chunk.batch.inputs)
+    inputs = known.new_zeros(1, len(known), horizon, known.shape[-1])
+    inputs[0, :, : known.shape[1]] = known
+    return dataclasses.replace(chunk.batch, inputs=inputs)
+
+
+def _global_draws(fit: Fit, num_samples: int, seed: int) -> dict[str, Tensor]:
+    """Draws of the posterior of the global sites, ``(num_samples, 1, 1, *event)``, the same for all recordings."""
+    if not named(fit.model):
+        return {}
+    with _seeded(seed, "", fit.device), torch.no_grad(), pyro.plate("draw", num_samples, dim=-3):
+        return fit.guide.global_sites()
+
+
+def _of(shared: dict[str, Tensor], draws: slice) -> dict[str, Tensor]:
+    return {name: values[draws] for name, values in shared.items()}
 
 
 def forecast_trials(recs: Recordings, name: str, context: int) -> list[int]:

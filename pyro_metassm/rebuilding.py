@@ -26,9 +26,13 @@ def construct(cls: type, config: dict, first: Any) -> Any:
         return cls(first, **arguments)
     except Exception as error:
         raise ValueError(
-            f"{cls.__name__} cannot be built from its configuration {arguments}: {error}; its constructor takes "
+            f"{cls.__name__} cannot be built from its configuration {arguments}: {_of(error)}; its constructor takes "
             "a table of neurons (or the model) first, and self.config holds its other arguments"
         ) from error
+
+
+def _of(error: Exception) -> str:
+    return str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
 
 
 def parameters_of(cls: type) -> tuple[list[str], bool]:

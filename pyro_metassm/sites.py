@@ -11,6 +11,8 @@ from pyro.distributions.torch_distribution import ExpandedDistribution, MaskedDi
 from pyro.poutine.util import prune_subsample_sites
 from torch.distributions import Distribution, Independent
 
+from pyro_metassm.global_sites import GlobalPosterior, named
+from pyro_metassm.hooks import wrong_hooks
 from pyro_metassm.recordings import Batch, Recordings
 
 WRAPPERS = (Independent, MaskedDistribution, ExpandedDistribution)
@@ -25,9 +27,9 @@ def check(model, guide, recs: Recordings) -> list[str]:
         recs: the recordings that they are to be fitted to.
 
     Returns:
-        one sentence for each thing that does not match: a program that stops with an error, a latent site that only
-        one of them has, other batch or event shapes, other plates, values of the guide that the model's distribution
-        excludes. An empty list where all is well.
+        one sentence for each thing that does not match: a hook that returns another distribution than it must, a
+        program that stops with an error, a latent site that only one of them has, other batch or event shapes, other
+        plates, values of the guide that the model's distribution excludes. An empty list where all is well.
 
     Example:
         >>> import pyro_metassm as pm
@@ -62,6 +64,11 @@ def compare(model, guide, batch: Batch) -> list[str]:
     Raises:
         ProgramError: from what a program raised.
     """
+    if found := wrong_hooks(model, batch):
+        return found
+    own = getattr(guide, "global_sites", None)
+    if isinstance(own, GlobalPosterior) and (lacking := set(named(model)) - set(own.transforms)):
+        return [_lacks(lacking)]  # it would draw them from the prior wherever it asks the model for a path
     guide_trace = _trace("guide", guide, batch)
     model_trace = _trace("model", poutine.replay(model, trace=guide_trace), batch)
     guide_trace, model_trace = prune_subsample_sites(guide_trace), prune_subsample_sites(model_trace)
@@ -85,11 +92,7 @@ def mismatches(model_trace: poutine.Trace, guide_trace: poutine.Trace) -> list[s
     unknown -= {n for n in unknown if guide_trace.nodes[n]["infer"].get("is_auxiliary")}
     found = []
     if lacking:
-        found.append(
-            f"the guide lacks the model's latent site(s) {sorted(lacking)}; needed a posterior for each: subclass "
-            "the guide and sample them in its forward before calling super().forward(batch), e.g. "
-            "pyro.sample(name, dist.Delta(parameter).to_event(...)), or make them parameters of the model"
-        )
+        found.append(_lacks(lacking))
     if unknown:
         found.append(
             f"the guide samples {sorted(unknown)}, which the model does not have; remove them from the guide"
@@ -103,6 +106,14 @@ def mismatches(model_trace: poutine.Trace, guide_trace: poutine.Trace) -> list[s
                 "guide's embedding_posterior)"
             )
     return found
+
+
+def _lacks(names: set[str]) -> str:
+    return (
+        f"the guide lacks the model's latent site(s) {sorted(names)}; needed a posterior for each: assign it in the "
+        "model's constructor, self.name = PyroSample(prior), before the guide is made, which then has one; or subclass "
+        "the guide and sample it in its forward before super().forward(batch); or make it a parameter of the model"
+    )
 
 
 def _differences(model_trace: poutine.Trace, guide_trace: poutine.Trace) -> list[str]:

@@ -286,7 +286,8 @@ class Trainer:
     def penalty(self, terms, batch: Batch) -> Tensor | float:
         """What is minimised besides the negative ELBO per observed number."""
         if self.options.update_penalty:
-            dynamics = self.model.dynamics_of(terms.embedding, batch.recording)
+            with self.model.given(terms.values):
+                dynamics = self.model.dynamics_of(terms.embedding, batch.recording)
             if hasattr(dynamics, "update_norm"):
                 return self.options.update_penalty * dynamics.update_norm()
         return 0.0

@@ -6,7 +6,9 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
+import torch
 import xarray as xr
+from torch import Tensor
 
 from pyro_metassm.recordings import Recording
 
@@ -22,6 +24,7 @@ def tree(
     children: Mapping[str, Mapping[str, xr.Dataset]],
     history: xr.Dataset | None,
     attrs: Mapping,
+    shared: Mapping[str, xr.DataArray],
     group: str = "posterior",
 ) -> xr.DataTree:
     """The tree of all recordings.
@@ -31,19 +34,51 @@ def tree(
         children: by recording, its groups.
         history: of the fit, for ``sample_stats``.
         attrs: of the tree.
-        group: of the embeddings.
+        shared: the other variables of all recordings.
+        group: of the embeddings and of what is shared.
     """
     values = np.stack(list(embeddings.values()), 1)[None]
     dims = ("chain", "draw", "recording", "embedding_dim")
     coords: dict[str, Any] = {"chain": [0], "draw": np.arange(values.shape[1]), "recording": list(embeddings)}
     coords["embedding_dim"] = np.arange(values.shape[-1])
-    groups: dict[str, Any] = {group: xr.Dataset({"embedding": (dims, values)}, coords)}
+    groups: dict[str, Any] = {group: xr.Dataset({"embedding": (dims, values)}, coords).assign(shared)}
     if history is not None:
         groups["sample_stats"] = history
     for name, parts in children.items():
         groups |= {f"{name}/{part}": dataset for part, dataset in parts.items()}
     result = xr.DataTree.from_dict(groups)
     result.attrs.update(attrs)
+    return result
+
+
+def of_globals(model, draws: Mapping[str, Tensor]) -> dict[str, xr.DataArray]:
+    """Draws ``(draw, 1, 1, *event)`` of a model's global sites, over ``model.dims`` with ``model.coords``.
+
+    Raises:
+        ValueError: names of dims for another number of dimensions than a site has, or coordinates of another length.
+    """
+    result = {}
+    coords: dict[str, Any] = {
+        "recording": list(model.names),
+        "embedding_dim": range(model.embedding_dim),
+    } | model.coords
+    for name, value in draws.items():
+        values = value.flatten(0, 2)[None].detach().to("cpu", torch.float32).numpy()
+        sizes = values.shape[2:]
+        dims = tuple(model.dims.get(name, [f"{name}_dim_{number}" for number in range(len(sizes))]))
+        wrong = [
+            f"{d} ({len(coords[d])})"
+            for d, n in zip(dims, sizes, strict=False)
+            if len(coords.get(d, range(n))) != n
+        ]
+        if len(dims) != len(sizes) or wrong:
+            raise ValueError(
+                f"model.dims[{name!r}]: needed a name for each dimension of {tuple(sizes)}, with coords as long, "
+                f"got {', '.join(wrong) or dims}"
+            )
+        own: dict[str, Any] = {d: list(coords.get(d, range(n))) for d, n in zip(dims, sizes, strict=True)}
+        own |= {"chain": [0], "draw": np.arange(values.shape[1])}
+        result[name] = xr.DataArray(values, own, ("chain", "draw", *dims))
     return result
 
 

@@ -35,6 +35,9 @@ def initialise(
 ) -> None:
     """Start ``model`` and ``guide`` in place from the training data.
 
+    Global sites take part as parameters and their posteriors are centred where these end; inputs of the transition do
+    not take part: what they do is left to SVI.
+
     Args:
         model, guide: as given to :func:`pyro_metassm.fit`, already on ``device``.
         recs: the training recordings.
@@ -43,6 +46,11 @@ def initialise(
         device: where to compute.
         on_step: called after every step with the roll-out loss, which is read every tenth step.
     """
+    with guide.global_sites.as_parameters(model):
+        _initialise(model, guide, recs, num_steps, seed, device, on_step)
+
+
+def _initialise(model, guide, recs, num_steps, seed, device, on_step) -> None:
     dtype = model.process_noise.log_scale.dtype
     batch = recs.batch(model.names, dtype=dtype, device=device)
     with torch.no_grad():

@@ -54,3 +54,48 @@ def test_the_readme(tmp_path, monkeypatch):
     edited = pm.fit(namespace["model"], pm.guides.DKF(namespace["model"]), namespace["recs"], num_steps=2,
                     warm_start_steps=2, progress=False)  # fmt: skip
     assert np.isfinite(edited.history["elbo"]).all()
+
+
+def test_the_edits(monkeypatch):
+    """docs/edits.md, in one namespace, with fewer steps and draws, and smaller data."""
+    quick = {
+        "num_steps=400": "num_steps=2, warm_start_steps=2, progress=False",
+        "num_trials=16": "num_trials=4",
+    }
+    quick |= {"* 8, attrs": "* 2, attrs", "torch.rand(16, 40, 1)": "torch.rand(4, 12, 1)"}
+    quick |= {
+        "num_steps=40)": "num_steps=12)",
+        "context=20, horizon=10": "context=6, horizon=3, num_samples=3",
+    }
+    quick |= {"pm.posterior(fit, recs)": "pm.posterior(fit, recs, num_samples=3)"}
+    quick |= {"pm.guides.DKF(model)": "pm.guides.DKF(model, hidden_dim=6)"}
+    quick |= {'"embedding_dim": 2}': '"embedding_dim": 2, "hidden_dim": 6}'}
+    text = (ROOT / "docs" / "edits.md").read_text()
+    assert all(long in text for long in quick)
+    namespace, trees, checked = {}, [], []
+    monkeypatch.setattr(pm, "posterior", kept(pm.posterior, trees))
+    monkeypatch.setattr(pm, "forecast", kept(pm.forecast, trees))
+    monkeypatch.setattr(pm.guides, "check", kept(pm.guides.check, checked))
+    torch.manual_seed(0)
+    for block in re.findall(r"```python\n(.*?)```", text, re.DOTALL):
+        for long, short in quick.items():
+            block = block.replace(long, short)
+        exec(compile(block, "edits.md", "exec"), namespace)
+    edits = {
+        kind for kind in namespace.values() if isinstance(kind, type) and issubclass(kind, pm.models.MetaSSM)
+    }
+    assert len(checked) == len(edits) == 14 and checked == [[]] * 14 and len(trees) == 28
+    for tree in trees:
+        for node in tree.subtree:
+            if node.name in ("posterior", "predictions"):
+                assert all(np.isfinite(values).all() for values in node.data_vars.values()), node.path
+    assert namespace["by_subject"].sizes == {"chain": 1, "draw": 3, "embedding_dim": 2}
+    assert namespace["weights"].dims == ("chain", "draw", "neuron_of_all", "latent_dim")
+
+
+def kept(function, results):
+    def call(*args, **kwargs):
+        results.append(function(*args, **kwargs))
+        return results[-1]
+
+    return call

@@ -12,8 +12,9 @@ ROOT = Path(__file__).resolve().parents[1]
 LAYERS: tuple[set[str], ...] = (
     {
         "_batch", "_checks", "_machine", "_recording", "_summary",
-        "adaptations", "blocks", "capture", "describing", "distributions", "dynamics", "io", "likelihoods", "native",
-        "neurons", "observations", "products", "rebuilding", "recordings", "simulate", "sites",
+        "adaptations", "blocks", "capture", "describing", "distributions", "dynamics", "global_sites", "hooks", "io",
+        "likelihoods", "native", "neurons", "observations", "products", "rebuilding", "recordings", "simulate", "sites",
+        "transitions",
     },
     {"models"},
     {"guides"},
