@@ -48,7 +48,8 @@ def rollout_errors(model, guide, recs: Recordings, statistics: Tensor, seed: int
         frame, offset = _whitening(z[0][windows.bins[0]])
         tied = TiedFrames(frame.unsqueeze(0), offset.unsqueeze(0))
         e = guide.embedding_posterior(row).mean
-        with pyro.validation_enabled(False):  # a fit that failed may be anywhere
+        # A fit that failed may be anywhere.
+        with pyro.validation_enabled(False), model.given(guide.global_sites.medians()):
             dynamics = model.dynamics_of(e, batch.recording)
             error = tied.roll_out_error(dynamics, tied.coordinates(target), seen)
         result[name] = float(error)

@@ -1,5 +1,6 @@
 """Roll-out errors of recordings that a fit knows."""
 
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import numpy as np
@@ -17,8 +18,13 @@ TURN = torch.tensor([[0.9, -0.3], [0.3, 0.9]], dtype=torch.float64)
 
 def parts(z: torch.Tensor):
     """A model that turns, and a guide that sees the states as they are."""
-    model = SimpleNamespace(names=("a",), dynamics_of=lambda e, recording: lambda states: states @ TURN)
+    model = SimpleNamespace(
+        names=("a",),
+        dynamics_of=lambda e, recording: lambda states: states @ TURN,
+        given=lambda values: nullcontext(),
+    )
     guide = SimpleNamespace(
+        global_sites=SimpleNamespace(medians=dict),
         common_space=lambda batch: (z, z, torch.ones(*z.shape[:-1], 1)),
         embedding_posterior=lambda statistics: dist.Normal(statistics[:, None], 1.0).to_event(1),
     )
@@ -28,7 +34,10 @@ def parts(z: torch.Tensor):
 
 def test_the_error_is_its_equation():
     """One trial of six bins is one stretch; the covariance is that of its states."""
-    z = torch.randn(6, 2, dtype=torch.float64)
+    z = [torch.randn(2, dtype=torch.float64)]
+    for _ in range(5):  # errors of a bin are clamped at 4
+        z.append(z[-1] @ TURN + 0.2 * torch.randn(2, dtype=torch.float64))
+    z = torch.stack(z)
     (error,) = rollout_errors(*parts(z[None, None])).values()
     states = z.numpy()
     rolled = [states[0]]
