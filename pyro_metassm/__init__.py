@@ -7,6 +7,7 @@ from pyro_metassm import metrics as metrics
 from pyro_metassm import models as models
 from pyro_metassm import simulate as simulate
 from pyro_metassm.adaptation import adapt as adapt
+from pyro_metassm.calibrating import calibration as calibration
 from pyro_metassm.comparing import compare as compare
 from pyro_metassm.posterior import forecast as forecast
 from pyro_metassm.posterior import posterior as posterior
