@@ -18,14 +18,15 @@ BAND = 0.99  # probability that a bar of uniform ranks lies in the band
 EXPECTED = 10  # ranks in a bar, at least, where there are enough for the fewest bars
 BARS = (20, 10, 5)
 RELIABLE = 0.7  # Pareto shape
+COLORS = dict(zip(("embedding", "latents", "rates"), PALETTE, strict=False))
 
 
 def calibration(result: xr.Dataset, axes: Sequence[Axes] | None = None) -> np.ndarray:
     """Ranks of the truth among the draws, a histogram for each quantity, and what central intervals cover.
 
-    Bars of a posterior that means what it says lie in the grey band, each with a probability of 99 %. Ranks are in
-    shares of the number of draws: both ends high is a posterior that is too narrow, the middle high one that is too
-    wide. The last panel has the share of truths within 50 and 90 % intervals, with two standard errors.
+    A bar of a calibrated posterior lies in the grey band with a probability of 99 %. Both ends high: the posterior is
+    too narrow; the middle high: too wide; one side: biased. The last panel has the share of truths within 50 and 90 %
+    intervals, which belong on the dashed lines.
 
     Args:
         result: of :func:`pyro_metassm.calibration`.
@@ -41,15 +42,16 @@ def calibration(result: xr.Dataset, axes: Sequence[Axes] | None = None) -> np.nd
     if axes is None:
         import matplotlib.pyplot as plt
 
-        size = (3.0 * (len(keys) + 1), 3.4)
+        size = (3.2 * (len(keys) + 1), 3.4)
         axes = plt.subplots(1, len(keys) + 1, figsize=size, layout="constrained")[1]
     panels = np.atleast_1d(np.asarray(axes, object)).ravel()
     if len(panels) <= len(keys):
         raise ValueError(f"calibration: needed {len(keys) + 1} axes, got {len(panels)}")
-    for ax, key, color in zip(panels, keys, PALETTE, strict=False):
-        _ranks(ax, result[f"{key}_rank"], int(result.attrs["num_samples"]), color)
+    for ax, key in zip(panels, keys, strict=False):
+        _ranks(ax, result[f"{key}_rank"], int(result.attrs["num_samples"]), COLORS[key])
         ax.set_title(key)
     panels[0].set_ylabel("ranks, 1 = as many as expected")
+    panels[0].legend(frameon=False, fontsize="small", loc="upper center")
     _intervals(panels[len(keys)], result, keys)
     return panels[: len(keys) + 1]
 
@@ -60,35 +62,39 @@ def _ranks(ax: Axes, ranks: xr.DataArray, num_samples: int, color: str) -> None:
     values = ranks.values[np.isfinite(ranks.values)]
     number = len(values) // math.prod(ranks.sizes[dim] for dim in last)
     bars = next((n for n in BARS if number >= EXPECTED * n), BARS[-1])
-    counts, _ = np.histogram(values, bars, (-0.5, num_samples + 0.5))
-    low, high = binomial_interval(number, 1.0 / bars, BAND)
-    ax.axhspan(low * bars / number, high * bars / number, color="0.88", linewidth=0, label="99 % if uniform")
-    ax.axhline(1.0, color="0.4", linewidth=0.8)
+    heights = np.histogram(values, bars, (-0.5, num_samples + 0.5))[0] * bars / len(values)
+    low, high = (count * bars / number for count in binomial_interval(number, 1.0 / bars, BAND))
     edges = np.linspace(0.0, 1.0, bars + 1)
-    ax.stairs(counts * bars / len(values), edges, fill=True, color=color, alpha=0.55)
-    ax.stairs(counts * bars / len(values), edges, color=color, linewidth=1.2)
+    ax.stairs(heights, edges, fill=True, color=color, alpha=0.35)
+    ax.axhspan(low, high, color="0.5", alpha=0.3, linewidth=0, zorder=2, label="99 % band if calibrated")
+    ax.axhline(1.0, color="0.4", linewidth=0.8, zorder=2)
+    ax.stairs(heights, edges, color=color, linewidth=1.4, zorder=3)
     ax.set_xlim(0.0, 1.0)
-    ax.set_ylim(0.0, 1.15 * max(high * bars / number, (counts * bars / len(values)).max()))
-    ax.set_xlabel(f"rank of the truth\n(share of {num_samples} draws; n = {number})")
+    ax.set_ylim(0.0, 1.25 * max(high, heights.max()))
+    ax.set_xlabel(f"rank of the truth / {num_samples}\nn = {number}")
 
 
 def _intervals(ax: Axes, result: xr.Dataset, keys: Sequence[str]) -> None:
-    for level in result["level"].values:
+    levels = [float(level) for level in result["level"].values]
+    for level, marker in zip(levels, MARKERS, strict=False):
         ax.axhline(level, color="0.4", linewidth=0.8, linestyle="--")
+        ax.plot([], [], marker, color="0.4", label=f"{100 * level:.0f} % intervals")
         for at, key in enumerate(keys):
             mean, error = (
                 float(result[v].sel(quantity=key, level=level)) for v in ("coverage", "coverage_se")
             )
-            style: dict[str, Any] = {"color": PALETTE[at], "marker": MARKERS[0]}
-            ax.errorbar(at, mean, 2 * error, capsize=3, linestyle="", markersize=6, **style)
+            style: dict[str, Any] = {"color": COLORS[key], "marker": marker, "linestyle": ""}
+            ax.errorbar(at, mean, 2 * error, capsize=3, markersize=6, **style)
     ax.set_xticks(range(len(keys)), keys)
     ax.set_xlim(-0.5, len(keys) - 0.5)
-    ax.set_ylim(0.0, 1.0)
-    ax.set_yticks([0.0, *map(float, result["level"].values), 1.0])
-    ax.set_title("truths in 50 and 90 % intervals")
+    ax.set_ylim(-0.05, 1.25)
+    ax.set_yticks([0.0, *levels, 1.0])
+    ax.legend(frameon=False, fontsize="small", loc="upper center", ncols=len(levels), columnspacing=1.0)
+    ax.set_title("truths covered (± 2 se)")
     shapes = result["khat"].values[~np.isnan(result["khat"].values)]
-    text = f"k-hat: median {np.median(shapes):.2f}, {100 * (shapes > RELIABLE).mean():.0f} % above {RELIABLE}"
-    ax.set_xlabel(f"bars: two standard errors\n{text}")
+    ax.set_xlabel(
+        f"k-hat: median {np.median(shapes):.1f},\n{100 * (shapes > RELIABLE).mean():.0f} % above {RELIABLE}"
+    )
 
 
 def binomial_interval(number: int, p: float, level: float) -> tuple[int, int]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import warnings
 from collections.abc import Callable, Mapping
 
 import numpy as np
@@ -82,7 +83,7 @@ def calibration(
 
     Raises:
         ValueError: ``num_samples + 1`` not a multiple of 20, recordings without any truth or that the fit does not
-            know, simulations that leave the finite numbers, arguments that only the other kind of simulation takes.
+            know, a simulation none of which stays finite, arguments that only the other kind of simulation takes.
 
     Reference: Talts et al., Validating Bayesian inference algorithms with simulation-based calibration
     (arXiv:1804.06788); Vehtari et al., Pareto smoothed importance sampling (JMLR 2024).
@@ -110,25 +111,39 @@ def calibration(
     like = _blank(fit) if like is None else like
     maps = {} if align is None else {name: _map(fit, align, name) for name in align}
     used = _forgetting(fit) if new_recordings else fit
-    parts = []
+    parts, lost = [], []
     for number in tqdm(range(num_simulations), disable=not progress, desc="calibration", dynamic_ncols=True):
-        recs = (
-            simulated(fit, like, seed + number, new_recordings)
-            if simulate is None
-            else simulate(seed + number)
-        )
+        if simulate is None:
+            recs, gone = simulated(fit, like, seed + number, new_recordings)
+            lost += [f"{name!r} (seed {seed + number})" for name in gone]
+        else:
+            recs = simulate(seed + number)
         of_recordings = []
         for name in recs:
             truth = _truth(recs, name, simulate is None, new_recordings, maps)
             of_recordings.append(_placed(used, recs, name, truth, maps.get(name), num_samples, seed + number))
         parts.append(xr.concat(of_recordings, xr.Variable("recording", list(recs)), join="outer"))
+    if lost:
+        warnings.warn(
+            f"calibration: {len(lost)} of {num_simulations * len(like)} simulated recordings left the finite numbers, "
+            f"at embeddings where the dynamics were not trained, and are left out: {checks.some(lost)}; see "
+            "new_recordings=False",
+            stacklevel=2,
+        )
     result = xr.concat(parts, xr.Variable("simulation", np.arange(num_simulations)), join="outer")
+    names = dict.fromkeys(name for part in parts for name in part["recording"].values)
+    order = [
+        name for name in fit.names if name in names
+    ]  # where simulations differ in recordings, xarray sorts them
+    result = result.sel(recording=order)
     result = result.merge(_coverage(result, new_recordings))
     result.attrs = {"num_samples": num_samples, "seed": seed, "new_recordings": int(new_recordings)}
     return result
 
 
-def simulated(fit: Fit, like: Recordings, seed: int, new_recordings: bool = True) -> Recordings:
+def simulated(
+    fit: Fit, like: Recordings, seed: int, new_recordings: bool = True
+) -> tuple[Recordings, list[str]]:
     """Recordings drawn from the model of a fit, in the shape of others.
 
     Args:
@@ -138,10 +153,11 @@ def simulated(fit: Fit, like: Recordings, seed: int, new_recordings: bool = True
         new_recordings: draw embeddings from the prior; False from the fit's posterior.
 
     Returns:
-        the recordings with ``truth``: ``embedding``, ``latents`` and ``rates``.
+        the recordings with ``truth``: ``embedding``, ``latents`` and ``rates``; and the names of those that left the
+        finite numbers, which are not among them.
 
     Raises:
-        ValueError: paths that leave the finite numbers.
+        ValueError: none that stays finite.
     """
     batch = like.batch(fit.names, dtype=fit.dtype, device=fit.device)
     known = {}
@@ -170,16 +186,17 @@ def simulated(fit: Fit, like: Recordings, seed: int, new_recordings: bool = True
                 for x, dim in ((y, neurons), (z, None), (mean, neurons))
             )
         if not np.isfinite(values[recording.mask]).all():
-            raise ValueError(
-                f"calibration: the model's own simulation of {name!r} (seed {seed}) left the finite numbers, at an "
-                f"embedding of {np.round(e[row, 0], 2).tolist()}; its dynamics were not trained there. See "
-                "new_recordings=False"
-            )
+            continue
         recordings.append(_as(recording, np.where(recording.mask, values, np.nan)))
         dims = ("trial", "time")
         paths = {"latents": ((*dims, "latent_dim"), states), "rates": ((*dims, "neuron"), expected)}
         truth[name] = xr.Dataset({"embedding": (("embedding_dim",), e[row, 0]), **paths})
-    return Recordings(recordings, truth=truth)
+    if not recordings:
+        raise ValueError(
+            f"calibration: all of the model's own simulations (seed {seed}) left the finite numbers, at embeddings of "
+            f"{np.round(e[:, 0], 2).tolist()}; see new_recordings=False"
+        )
+    return Recordings(recordings, truth=truth), [name for name in like if name not in truth]
 
 
 # ---- parts -----------------------------------------------------------------------------------------------

@@ -109,7 +109,7 @@ def test_simulations_have_the_shape_of_the_data_and_follow_the_model(like):
     model = linear_gaussian(like)
     fit = as_fit(model, pm.guides.ExactSmoother(model))
     random = torch.get_rng_state()
-    made, again, other = (simulated(fit, like, seed) for seed in (3, 3, 4))
+    made, again, other = (simulated(fit, like, seed)[0] for seed in (3, 3, 4))
     assert torch.equal(torch.get_rng_state(), random)
     residuals = []
     for name, recording in made.items():
@@ -139,7 +139,8 @@ def fitted():
 
 def test_new_trials_of_known_recordings_have_their_embeddings(fitted):
     recs, fit = fitted
-    made = simulated(fit, recs, 0, new_recordings=False)
+    made, lost = simulated(fit, recs, 0, new_recordings=False)
+    assert lost == []
     drawn = [float(made.truth[name]["embedding"][0]) for name in recs.names]
     np.testing.assert_allclose(drawn, [-1.0, 1.5], atol=SIGMAS * 0.01)
     table = pm.calibration(fit, like=recs, new_recordings=False, num_simulations=2, progress=False)
@@ -194,11 +195,29 @@ def test_what_cannot_be_calibrated_is_refused(fitted):
         pm.calibration(fit, lambda seed: pm.Recordings(recs.values()), num_simulations=1, progress=False)
     with pytest.raises(ValueError, match="num_simulations"):
         pm.calibration(fit, num_simulations=0)
-    broken = dataclasses.replace(fit, model=linear_gaussian(recs))
-    with torch.no_grad():
-        broken.model.dynamics.weight.mul_(1e30)
-    with pytest.raises(ValueError, match="left the finite numbers"):
-        simulated(broken, pm.Recordings([pm.Recording("w=2", np.zeros((1, 30, 6)), bin_width=0.02)]), 0)
+
+
+class Wild(pm.models.LinearGaussian):
+    """Recordings of a positive embedding leave the finite numbers."""
+
+    def adapt_dynamics(self, e):
+        return lambda z: self.dynamics(z) * torch.where(e[..., :1] > 0, 1e30, 1.0).unsqueeze(-2)
+
+
+def test_simulations_that_are_not_finite_are_left_out_and_told(like):
+    model = Wild(like, latent_dim=2, embedding_dim=2).double()
+    fit = as_fit(model, pm.guides.ExactSmoother(model))
+    with pytest.warns(
+        UserWarning, match=r"1 of 4 simulated recordings left .*: 'b' \(seed 4\); see new_recordings"
+    ):
+        table = pm.calibration(fit, like=like, num_simulations=2, num_samples=L, seed=4, progress=False)
+    there = np.isfinite(table["embedding_rank"].isel(embedding_dim=0))
+    np.testing.assert_array_equal(there, [[True, False], [True, True]])
+    for seed in (4, 5):
+        made, lost = simulated(fit, like, seed)
+        assert all(made.truth[name]["embedding"][0] < 0 for name in made) and len(lost) == 5 - seed
+    with pytest.raises(ValueError, match="all of the model's own simulations"):
+        simulated(fit, like, 1)
 
 
 def test_the_picture(exact, narrow):
