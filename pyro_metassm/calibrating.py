@@ -131,11 +131,8 @@ def calibration(
             stacklevel=2,
         )
     result = xr.concat(parts, xr.Variable("simulation", np.arange(num_simulations)), join="outer")
-    names = dict.fromkeys(name for part in parts for name in part["recording"].values)
-    order = [
-        name for name in fit.names if name in names
-    ]  # where simulations differ in recordings, xarray sorts them
-    result = result.sel(recording=order)
+    # Where simulations differ in their recordings, xarray has sorted them.
+    result = result.sel(recording=[name for name in fit.names if name in result["recording"]])
     result = result.merge(_coverage(result, new_recordings))
     result.attrs = {"num_samples": num_samples, "seed": seed, "new_recordings": int(new_recordings)}
     return result

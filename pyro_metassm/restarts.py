@@ -256,12 +256,8 @@ def _means(fit: Fit, recs: Recordings) -> dict[str, np.ndarray]:
 
 
 def _aligned(part: xr.Dataset, maps: dict[str, Map]) -> xr.Dataset:
-    changed = {
-        key: (part[key].dims, apply(of, part[key].values).astype(np.float32))
-        for key, of in maps.items()
-        if key in part
-    }
-    return part.assign(changed)
+    moved = {key: apply(of, part[key].values).astype(np.float32) for key, of in maps.items() if key in part}
+    return part.assign({key: part[key].copy(data=values) for key, values in moved.items()})
 
 
 def _as_chains(trees: list[xr.DataTree], seed: int) -> xr.DataTree:

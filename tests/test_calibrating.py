@@ -223,6 +223,17 @@ def test_simulations_that_are_not_finite_are_left_out_and_told(like):
 def test_the_picture(exact, narrow):
     axes = pm.plots.calibration(exact)
     assert [ax.get_title() for ax in axes[:3]] == ["embedding", "latents", "rates"] and len(axes) == 4
+    bars = axes[2].patches[0].get_data()
+    ranks = np.bincount(exact["rates_rank"].values.ravel().astype(int), minlength=L + 1)
+    np.testing.assert_allclose(bars.values, ranks * 20 / 720)  # one bar a rank
+    np.testing.assert_allclose(bars.edges, np.linspace(0, 1, 21))
+    low, high = stats.binom(720, 1 / 20).interval(0.99)
+    band = axes[2].patches[1].get_extents().transformed(axes[2].transData.inverted())
+    np.testing.assert_allclose([band.y0, band.y1], [low * 20 / 720, high * 20 / 720])
+    # latents and embeddings have two dims, and a band for as many ranks as are independent
+    assert "n = 720" in axes[1].get_xlabel() and "n = 60" in axes[0].get_xlabel()
+    drawn = {float(line.get_ydata()[0]) for line in axes[3].lines if len(line.get_ydata()) == 1}
+    assert drawn >= set(exact["coverage"].values.ravel().tolist())
     few = pm.plots.calibration(narrow, axes=axes)
     assert all(one is other for one, other in zip(few, axes, strict=True))
     with pytest.raises(ValueError, match="needed 4 axes, got 1"):
