@@ -8,6 +8,7 @@ from pyro_metassm import models as models
 from pyro_metassm import simulate as simulate
 from pyro_metassm import transitions as transitions
 from pyro_metassm.adaptation import adapt as adapt
+from pyro_metassm.calibrating import calibration as calibration
 from pyro_metassm.comparing import compare as compare
 from pyro_metassm.posterior import forecast as forecast
 from pyro_metassm.posterior import posterior as posterior
@@ -15,6 +16,8 @@ from pyro_metassm.posterior import prior_predictive as prior_predictive
 from pyro_metassm.recordings import Batch as Batch
 from pyro_metassm.recordings import Recording as Recording
 from pyro_metassm.recordings import Recordings as Recordings
+from pyro_metassm.restarts import Restarts as Restarts
+from pyro_metassm.restarts import fit_restarts as fit_restarts
 from pyro_metassm.result import Fit as Fit
 from pyro_metassm.saving import load as load
 from pyro_metassm.training import NonFiniteLossError as NonFiniteLossError

@@ -92,7 +92,7 @@ def compare(
     scores: dict[str, dict[str, np.ndarray]] = {}
     for name, fit in fits.items():
         parts = [
-            _posterior_scores(fit, test, each, num_samples, seed)
+            posterior_scores(fit, test, each, num_samples, seed)
             | _forecasts(fit, test, each, context, horizon, num_samples, seed)
             for each in test
         ]
@@ -138,7 +138,7 @@ def _window(test: Recordings, context: int | None, horizon: int | None) -> tuple
     return context, horizon
 
 
-def _posterior_scores(
+def posterior_scores(
     fit: Fit, test: Recordings, name: str, num_samples: int, seed: int
 ) -> dict[str, np.ndarray]:
     """``elbo``, ``iw``, ``psis`` and ``khat`` of every trial; of counts ``bits_per_spike``, from the same draws."""

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import xarray as xr
 
+from pyro_metassm._calibration_plot import calibration
 from pyro_metassm._embedding_plot import BLUE, INTERVAL, PALETTE, embedding
 from pyro_metassm._flow_plots import (
     AffineMap,
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
 __all__ = [
     "AffineMap",
     "align",
+    "calibration",
     "embedding",
     "flow_comparison",
     "flow_field",

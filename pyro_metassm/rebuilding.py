@@ -59,6 +59,49 @@ def build(specifications: list[tuple[type, dict]], neurons: NeuronTable) -> tupl
         return model, construct(*specifications[1], model)
 
 
+def afresh(model, guide, recs, seed: int) -> tuple[Any, Any]:
+    """A model and a guide as their constructors make them, random numbers from ``seed``, started from ``recs``.
+
+    What does not require a gradient is no start but given: it is kept as these have it. The random state is left as it
+    was.
+
+    Args:
+        model, guide: of any training, left as they are.
+        recs: recordings of the model.
+        seed: of the new parameters.
+
+    Raises:
+        ValueError: modules that cannot be built from their ``config``, or that hold other tensors than they then have.
+    """
+    (model_class, config), (guide_class, of_guide) = _specifications(model, guide)
+    known = all(name in recs for name in model.names)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        fresh = construct(model_class, config, recs.select(model.names) if known else model.neurons)
+        made = fresh, construct(guide_class, of_guide, fresh)
+    if not known and hasattr(fresh, "observation"):  # as the constructor does with data of all recordings
+        fresh.observation.start(recs)
+    for source, target in zip((model, guide), made, strict=True):
+        like = next(source.parameters(), next(model.parameters()))
+        target.to(like.device, like.dtype).train(source.training)
+        old, new = source.state_dict(), target.state_dict()
+        changed = sorted(k for k in old.keys() | new.keys() if _shape(old, k) != _shape(new, k))
+        if changed:
+            raise ValueError(
+                f"{type(source).__name__} cannot be started afresh: it holds other tensors than its constructor makes "
+                f"of these recordings ({', '.join(changed[:5])}); make them in the constructor"
+            )
+        with torch.no_grad():
+            for before, parameter in zip(source.parameters(), target.parameters(), strict=True):
+                if not before.requires_grad:
+                    parameter.copy_(before).requires_grad_(False)
+    return made
+
+
+def _shape(state: dict, key: str):
+    return state[key].shape if key in state else None
+
+
 def for_recordings(model, guide, neurons: NeuronTable) -> tuple[Any, Any]:
     """A model and a guide for other recordings, with everything shared as in these.
 

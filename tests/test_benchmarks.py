@@ -18,6 +18,7 @@ from pyro_metassm.elbo import SequentialELBO
 
 sys.path.insert(0, str(Path(__file__).parent / "benchmarks"))  # as when its scripts are run
 import _cases
+import intervals
 import scaling
 import svi_step
 import time_to_quality
@@ -211,6 +212,19 @@ def test_time_to_quality_watches_a_fit(tmp_path, capsys):
     assert [step for step, _, _ in recipe["scores"]] == [10]
     assert default["end_r2"] < 1 and default["end_seconds"] > default["scores"][-1][1] > 0
     assert "not reached, best r2" in capsys.readouterr().out
+
+
+def test_intervals_are_measured_in_three_ways(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(intervals, "VELOCITIES", (2.5, 5.0))
+    file = tmp_path / "intervals.json"
+    short = ["--num-steps", "2", "--warm-start-steps", "2", "--num-trials", "6", "--num-samples", "19"]
+    intervals.main([*short, "--num-simulations", "1", "--seeds", "3", "--json", str(file)])
+    first, *others = json.loads(file.read_text())
+    assert "embedding" in first and all("embedding" not in other for other in others)
+    for result in (first, *others):
+        for mean, error in (result["latents"], result["rates"]):
+            assert 0 <= mean[0] <= mean[1] <= 1 and min(error) >= 0
+    assert "world, held-out trials" in capsys.readouterr().out
 
 
 def test_scaling_measures_steps_and_draws():

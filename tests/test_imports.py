@@ -22,7 +22,10 @@ LAYERS: tuple[set[str], ...] = (
         "adaptation", "checkpoints", "elbo", "few_shot", "frames", "history", "optimizers", "posterior", "read_outs",
         "result", "rollouts", "saving", "training", "trees", "warm_start", "windows",
     },
-    {"_embedding_plot", "_flow_plots", "_scores", "analysis", "comparing", "metrics", "plots"},
+    {
+        "_calibration_plot", "_embedding_plot", "_flow_plots", "_scores", "analysis", "calibrating", "comparing",
+        "metrics", "plots", "restarts",
+    },
     {"__main__", "cli", "experiments"},
 )  # fmt: skip
 LAYER = {name: number for number, names in enumerate(LAYERS) for name in names}
