@@ -240,6 +240,11 @@ class Recording:
             attrs=attrs, **{k: None if self.__dict__[k] is None else self.__dict__[k][indices] for k in keys}
         )
 
+    def only(self, neurons: np.ndarray) -> Recording:
+        """The recording as if no others than these neurons, bool `(neurons,)`, had been observed."""
+        mask = self.mask & neurons
+        return self._replace(values=np.where(mask, self.values, self.values.dtype.type(0)), mask=mask)
+
     def crop(self, start: int | None, stop: int | None) -> Recording:
         """The recording in a window of time bins; shorter trials keep what they have of it.
 

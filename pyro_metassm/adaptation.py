@@ -17,7 +17,7 @@ from pyro_metassm import few_shot
 from pyro_metassm.frames import canonical_frames
 from pyro_metassm.guides.base import AmortizedGuide
 from pyro_metassm.neurons import NeuronTable
-from pyro_metassm.read_outs import ReadOutPrior, fit_read_outs, rows_of, second_moments
+from pyro_metassm.read_outs import ReadOutPrior, fit_read_outs, kinds_of, rows_of, second_moments
 from pyro_metassm.rebuilding import for_recordings, joined, tables
 from pyro_metassm.recordings import Batch, Recordings
 from pyro_metassm.result import Fit, embedding_statistics
@@ -106,7 +106,7 @@ def adapt(
         with torch.no_grad():
             model.observation.start(new)
             guide.read_in.started.fill_(False)
-            guide.read_in.start(new)
+            guide.read_in.start(new, model.observation.kinds)
         model.eval().requires_grad_(False), guide.eval().requires_grad_(False)
         prior = ReadOutPrior.of(
             fit.model, [name for name, row in zip(fit.names, _trained(fit), strict=True) if row]
@@ -166,7 +166,9 @@ def _start(fit, model, guide, new, prior, parts, num_starts, search_steps, seed,
     )
     _requires_grad(model, tables(model, guide)[0])
     fit_read_outs(model, frames.coordinates, batch, rng)
-    rows = [r.detach() for r in rows_of(model, batch)]
+    rows = [
+        prior.units(r.detach(), k) for r, k in zip(rows_of(model, batch), kinds_of(model, batch), strict=True)
+    ]
     report: dict = {}
     if {"read_in", "read_out"} & set(parts):
         known = fit.statistics[_trained(fit)][:, : model.embedding_dim]
@@ -239,9 +241,7 @@ class Adapter(Trainer):
         return dataclasses.replace(batch, embedding_statistics=free)
 
     def penalty(self, terms, batch: Batch) -> Tensor | float:
-        return (
-            -torch.cat([self.prior.log_prob(rows) for rows in rows_of(self.model, batch)]).sum() / self.scale
-        )
+        return -self.prior.of_batch(self.model, batch) / self.scale
 
     def result(self) -> Fit:
         """The fit of all recordings as it stands."""

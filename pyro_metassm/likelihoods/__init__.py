@@ -13,6 +13,7 @@ from pyro_metassm.likelihoods.counts import NegativeBinomial as NegativeBinomial
 from pyro_metassm.likelihoods.counts import Poisson as Poisson
 from pyro_metassm.likelihoods.counts import SoftplusPoisson as SoftplusPoisson
 from pyro_metassm.likelihoods.counts import ZeroInflatedPoisson as ZeroInflatedPoisson
+from pyro_metassm.likelihoods.mixed import Mixed as Mixed
 from pyro_metassm.likelihoods.positive import Gamma as Gamma
 from pyro_metassm.likelihoods.positive import LogNormal as LogNormal
 from pyro_metassm.likelihoods.positive import ZeroInflatedGamma as ZeroInflatedGamma
