@@ -112,7 +112,7 @@ class MetaSSM(PyroModule):
         self.initial = DiagonalNormal(latent_dim, scale=1.0)
         self.process_noise = DiagonalNoise(latent_dim, scale=0.1)
         self.read_out = ReadOut(self.neurons, latent_dim)
-        self.observation = likelihood(self.neurons)
+        self.observation = Likelihood.checked(likelihood)(self.neurons)
         if isinstance(
             recordings, NeuronTable
         ):  # sizes alone, as when a saved model is read: nothing to start from

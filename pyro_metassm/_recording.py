@@ -138,6 +138,10 @@ class Recording:
             inputs[gaps] = 0.0
         if behavior is not None:
             behavior = checks.series_of(name, "behavior", behavior, num_bins, lengths)
+            named = np.size((attrs or {}).get("behavior_names", [""] * behavior.shape[2]))
+            if named != behavior.shape[2]:
+                needed = f'attrs["behavior_names"] of the {behavior.shape[2]} dims of the behavior'
+                raise checks.fail(name, needed, f"{named}", "pass one name each")
         self._set(
             name=name,
             bin_width=bin_width,

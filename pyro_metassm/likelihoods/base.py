@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from abc import ABC, abstractmethod
 
 import numpy as np
@@ -25,6 +26,16 @@ class Likelihood(nn.Module, ABC):
     def __init__(self, neurons: NeuronTable):
         super().__init__()
         self.neurons = neurons
+
+    @staticmethod
+    def checked(family: type[Likelihood]) -> type[Likelihood]:
+        """The family, if it is a class that can be made; else ``ValueError``."""
+        if not (isinstance(family, type) and issubclass(family, Likelihood)) or inspect.isabstract(family):
+            raise ValueError(
+                "likelihood: needed a class of pyro_metassm.likelihoods, such as likelihoods.Poisson or "
+                f"likelihoods.Mixed.of({{...}}), got {family!r}"
+            )
+        return family
 
     @abstractmethod
     def forward(self, predictor: Tensor, recording: Tensor) -> TorchDistribution:
