@@ -274,7 +274,7 @@ def _encode(value: Any, where: str) -> Any:
     if isinstance(value, np.generic):
         value = value.item()
     if isinstance(value, type) and issubclass(value, likelihoods.Mixed) and value.made_by_of:
-        return _encode_class(value.__base__) | {"of": _encode(value.families, where)}
+        return _encode_class(value.__mro__[1]) | {"of": _encode(value.families, where)}
     if isinstance(value, type):
         return _encode_class(value)
     if isinstance(value, float) and not math.isfinite(value):

@@ -84,6 +84,24 @@ def test_every_neuron_has_the_density_of_its_own_family(names, draws):
     torch.testing.assert_close(trials, expected, rtol=1e-12, atol=1e-12)
 
 
+def test_where_the_host_does_not_wait_for_a_device_it_is_the_same(monkeypatch):
+    """There every family is asked about all recordings, since numbers of neurons are not read."""
+    recs = recordings(kind="mixed")
+    made = started(recs)
+    batch = recs.batch(recs.names, dtype=DOUBLE)
+    x = torch.randn(batch.observations.shape, dtype=DOUBLE)
+    real = batch.mask.any(1).any(1)[:, None, None, :].expand(x.shape)
+    found = []
+    for _ in range(2):
+        y = made(x, batch.recording)
+        density = observed(y, batch.mask).log_prob(batch.observations)
+        found.append((density, y.mean[real], y.discrete[real[:, 0, 0]]))
+        monkeypatch.setattr(NeuronTable, "counts", lambda *args: None)
+    assert all(part.rows is None for part in y.parts) and len(y.parts) == 3
+    for one, other in zip(*found, strict=True):
+        same(one, other)
+
+
 def test_draws_are_of_the_families():
     recs = recordings(kind="mixed", missing=False)
     made = started(recs)

@@ -6,7 +6,7 @@ import inspect
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping
 from fnmatch import fnmatchcase
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from pyro_metassm import _checks as checks
 from pyro_metassm.likelihoods.base import Likelihood
-from pyro_metassm.likelihoods.side_by_side import Part, SideBySide
+from pyro_metassm.likelihoods.side_by_side import Part, SideBySide, of_rows
 from pyro_metassm.neurons import NeuronTable
 from pyro_metassm.recordings import Recording, Recordings
 
@@ -93,6 +93,10 @@ class Mixed(Likelihood):
     def num_kinds(self) -> int:
         return len(self.parts)
 
+    @property
+    def _kinds(self) -> list[Likelihood]:
+        return cast(list[Likelihood], list(self.parts.values()))
+
     def forward(self, predictor: Tensor, recording: Tensor) -> TorchDistribution:
         width = predictor.shape[-1]
         kinds = self.neurons.gather(self.kind, recording, width)
@@ -101,7 +105,7 @@ class Mixed(Likelihood):
         if numbers is not None:
             real = torch.arange(width) < torch.tensor(numbers).unsqueeze(-1)
         parts = []
-        for kind, family in enumerate(self.parts.values()):
+        for kind, family in enumerate(self._kinds):
             own, rows = (kinds == kind) & real, None
             if (
                 numbers is not None
@@ -113,9 +117,8 @@ class Mixed(Likelihood):
                     continue
                 rows = None if len(rows) == len(own) else rows
             own = own[:, None, None, :]
-            part = Part(None, own, rows)  # type: ignore[arg-type]  # its distribution is of its recordings
-            # What is not its own may be anything, exp(x) infinite and gradients NaN.
-            x = torch.where(part.of(own), part.of(predictor), 0.0)
+            # What is not its own may be anything: exp(x) infinite, and gradients NaN.
+            x = torch.where(of_rows(own, rows), of_rows(predictor, rows), 0.0)
             parts.append(Part(family(x, recording if rows is None else recording[rows]), own, rows))
         return SideBySide(parts, predictor.shape)
 
@@ -124,18 +127,17 @@ class Mixed(Likelihood):
             part.check(recording.only(own))
 
     def start(self, recordings: Recordings) -> None:
-        each: dict[str, list[Recording]] = {name: [] for name in self.parts}
+        theirs: dict[Likelihood, list[Recording]] = {}
         for name, recording in recordings.items():
             self.write(self.kind, name, self.kinds_in(recording))
             for part, own in self._parts_of(recording):
-                each[type(part).__name__].append(recording.only(own))
-        for name, theirs in each.items():
-            if theirs:
-                self.parts[name].start(Recordings(theirs))
+                theirs.setdefault(part, []).append(recording.only(own))
+        for part, some in theirs.items():
+            part.start(Recordings(some))
 
     def predictor_at(self, mean: Tensor, rows: slice) -> Tensor:
         found = torch.full_like(mean, torch.nan)
-        for kind, part in enumerate(self.parts.values()):
+        for kind, part in enumerate(self._kinds):
             at = part.predictor_at(mean, rows)
             if at is not None:
                 found = torch.where(self.kind[rows] == kind, at, found)
@@ -143,7 +145,7 @@ class Mixed(Likelihood):
 
     def kinds_in(self, recording: Recording) -> np.ndarray:
         """Which of ``parts`` each neuron of a recording has, ``(N,)``."""
-        order = [type(part) for part in self.parts.values()]
+        order = [type(part) for part in self._kinds]
         found = _match(recording.name, self.families)
         if found is None:
             raise checks.fail(
@@ -169,7 +171,7 @@ class Mixed(Likelihood):
     def _parts_of(self, recording: Recording) -> Iterator[tuple[Likelihood, np.ndarray]]:
         """The families that a recording has, and which of its neurons are theirs."""
         kinds = self.kinds_in(recording)
-        for kind, part in enumerate(self.parts.values()):
+        for kind, part in enumerate(self._kinds):
             if (kinds == kind).any():
                 yield part, kinds == kind
 

@@ -30,9 +30,14 @@ class Part:
 
     def of(self, value: Tensor) -> Tensor:
         """The part's recordings of ``(..., R, K, T, N)``."""
-        if self.rows is None or value.dim() < 4 or value.shape[-4] == 1:  # the same for all recordings
-            return value
-        return value.index_select(-4, self.rows)
+        return of_rows(value, self.rows)
+
+
+def of_rows(value: Tensor, rows: Tensor | None) -> Tensor:
+    """These recordings of ``(..., R, K, T, N)``; None is all of them."""
+    if rows is None or value.dim() < 4 or value.shape[-4] == 1:  # or the same for all
+        return value
+    return value.index_select(-4, rows)
 
 
 class SideBySide(TorchDistribution):
