@@ -290,6 +290,22 @@ def test_a_new_recording_has_the_family_that_its_name_says(fit, pool):
         assert torch.equal(adapted.model.observation.state_dict()[key][: len(value)], value)
     with pytest.raises(ValueError, match=r"recording 'other': needed a name that .*'calcium\*'.*got 'other'"):
         pm.adapt(fit, new["other"], **quick)
+    told = pm.adapt(fit, new["other"], likelihood=Poisson, **quick)
+    assert told.model.observation.kinds[-25:].unique().tolist() == [0]
+    assert told.model.config["likelihood"].families == {**POOL.families, "other": Poisson}
+    pm.forecast(told, new["other"], context=20, horizon=5, num_samples=2)
+    with pytest.raises(
+        ValueError, match=r"family that the fit has, Mixed\(Poisson, Gamma\), got Mixed\(.*Gaussian"
+    ):
+        pm.adapt(fit, new["other"], likelihood=Gaussian, **quick)
+
+
+def test_a_fit_of_one_family_has_no_other(fit, pool):
+    recs = recordings()
+    model = pm.models.MetaSSM(recs, latent_dim=2, embedding_dim=1, hidden_dim=4)
+    plain = pm.fit(model, pm.guides.DKF(model, hidden_dim=5), recs, **QUICK)
+    with pytest.raises(ValueError, match="needed none for a fit of one family, Gaussian"):
+        pm.adapt(plain, pool[0], likelihood=Gaussian, progress=False)
 
 
 def test_a_subclass_names_its_families_too():

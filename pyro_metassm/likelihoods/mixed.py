@@ -27,7 +27,8 @@ class Mixed(Likelihood):
 
     ``families`` says which: from names of recordings, or patterns of names (``*`` is anything; the exact name, else the
     first pattern that matches, decides), to a family, or to another such mapping from ``neuron_ids`` to families. A
-    recording that is adapted to later is told by its name as well, so leave room for it: ``"spikes*"``.
+    recording that is adapted to later is told by its name as well (``"spikes*"`` leaves room for it), or by
+    ``pm.adapt(..., likelihood=)``.
 
     :meth:`of` makes the class to pass on; a subclass with the class attribute ``families`` does the same.
 
@@ -152,7 +153,7 @@ class Mixed(Likelihood):
                 recording.name,
                 f"a name that one of the likelihood's names and patterns {list(self.families)} matches",
                 repr(recording.name),
-                'rename the recording, or name its family: Mixed.of({..., "spikes*": Poisson})',
+                'rename it, or name its family: Mixed.of({..., "spikes*": Poisson}), pm.adapt(..., likelihood=Poisson)',
             )
         if not isinstance(found, Mapping):
             return np.full(recording.num_neurons, order.index(found))
