@@ -133,15 +133,15 @@ def adapt(
 
 def _with_families(fit: Fit, families: Families) -> Fit:
     """The fit, its mixed likelihood with these families of more recordings."""
-    known = type(fit.model.observation)
-    if not issubclass(known, Mixed):
+    known = fit.model.observation
+    if not isinstance(known, Mixed):
         raise ValueError(
-            f"likelihood: needed none for a fit of one family, {known.__name__}, which the new recordings have too"
+            f"likelihood: needed none for a fit of one family, {type(known).__name__}, which the new recordings have"
         )
-    more = Mixed.of(dict(known.families) | families)
-    if set(more(fit.model.neurons).parts) != set(fit.model.observation.parts):
+    more = Mixed.of({**known.families, **families})
+    if set(more(fit.model.neurons).parts) != set(known.parts):
         raise ValueError(
-            f"likelihood: needed a family that the fit has, {known.__name__}, got {more.__name__}"
+            f"likelihood: needed a family that the fit has, {type(known).__name__}, got {more.__name__}"
         )
     model = copy.copy(fit.model)
     model.config = fit.model.config | {"likelihood": more}

@@ -255,9 +255,10 @@ def in_support(y: TorchDistribution, value: Tensor, mask: Tensor) -> Tensor:
 @torch.no_grad()
 def counted(model, name: str) -> np.ndarray:
     """Which neurons of a recording have probabilities (counts, events), not densities, by the model, bool ``(N,)``."""
-    number = model.neurons.num_neurons[model.neurons.names.index(name)]
-    like = next(model.parameters())
-    row = torch.tensor([model.neurons.names.index(name)], device=like.device)
+    table, like = model.neurons, next(model.parameters())
+    number = dict(zip(table.names, table.num_neurons, strict=True)).get(name, 0)
+    table.check([name], [number])
+    row = torch.tensor([table.names.index(name)], device=like.device)
     y = model.likelihood(torch.zeros(1, 1, 1, number, dtype=like.dtype, device=like.device), row)
     if hasattr(y, "discrete"):
         return y.discrete[0].cpu().numpy()

@@ -108,9 +108,7 @@ class Mixed(Likelihood):
         parts = []
         for kind, family in enumerate(self._kinds):
             own, rows = (kinds == kind) & real, None
-            if (
-                numbers is not None
-            ):  # on another device the host would have to wait for it: all recordings then
+            if numbers is not None:  # else the host would have to wait for a device: all recordings then
                 if torch.equal(own, real):
                     return family(predictor, recording)
                 rows = own.any(-1).nonzero().squeeze(-1)
