@@ -114,7 +114,7 @@ class MetaSSM(Program):
         self.initial = DiagonalNormal(latent_dim, scale=1.0)
         self.process_noise = DiagonalNoise(latent_dim, scale=0.1)
         self.read_out = ReadOut(self.neurons, latent_dim)
-        self.observation = likelihood(self.neurons)
+        self.observation = Likelihood.checked(likelihood)(self.neurons)
         self.dims: dict[str, tuple[str, ...]] = {}  # of the event of a global site, by its name
         self.coords: dict[str, list] = {}  # of these dims
         if isinstance(

@@ -138,6 +138,10 @@ class Recording:
             inputs[gaps] = 0.0
         if behavior is not None:
             behavior = checks.series_of(name, "behavior", behavior, num_bins, lengths)
+            named = np.size((attrs or {}).get("behavior_names", [""] * behavior.shape[2]))
+            if named != behavior.shape[2]:
+                needed = f'attrs["behavior_names"] of the {behavior.shape[2]} dims of the behavior'
+                raise checks.fail(name, needed, f"{named}", "pass one name each")
         self._set(
             name=name,
             bin_width=bin_width,
@@ -239,6 +243,11 @@ class Recording:
         return self._replace(
             attrs=attrs, **{k: None if self.__dict__[k] is None else self.__dict__[k][indices] for k in keys}
         )
+
+    def only(self, neurons: np.ndarray) -> Recording:
+        """The recording as if no others than these neurons, bool `(neurons,)`, had been observed."""
+        mask = self.mask & neurons
+        return self._replace(values=np.where(mask, self.values, self.values.dtype.type(0)), mask=mask)
 
     def crop(self, start: int | None, stop: int | None) -> Recording:
         """The recording in a window of time bins; shorter trials keep what they have of it.

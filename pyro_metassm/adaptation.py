@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import math
 import time
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -16,8 +17,10 @@ from pyro_metassm import _machine as machine
 from pyro_metassm import few_shot
 from pyro_metassm.frames import canonical_frames
 from pyro_metassm.guides.base import AmortizedGuide
+from pyro_metassm.likelihoods import Likelihood, Mixed
+from pyro_metassm.likelihoods.mixed import Families
 from pyro_metassm.neurons import NeuronTable
-from pyro_metassm.read_outs import ReadOutPrior, fit_read_outs, rows_of, second_moments
+from pyro_metassm.read_outs import ReadOutPrior, fit_read_outs, kinds_of, rows_of, second_moments
 from pyro_metassm.rebuilding import for_recordings, joined, tables
 from pyro_metassm.recordings import Batch, Recordings
 from pyro_metassm.result import Fit, embedding_statistics
@@ -37,6 +40,7 @@ def adapt(
     search_steps: int = 300,
     trials_per_step: int | None = 32,
     learning_rate: float = 3e-3,
+    likelihood: type[Likelihood] | Mapping[str, type[Likelihood]] | None = None,
     seed: int = 0,
     num_threads: int | None = None,
     progress: bool = True,
@@ -66,6 +70,8 @@ def adapt(
         search_steps: gradient steps of the search.
         trials_per_step: trials of each recording and step of SVI; None for all.
         learning_rate: peak of the cycle of SVI.
+        likelihood: of a fit with a ``Mixed`` one, the family of the new recordings, or the mapping from their neurons
+            to families; None: what their names say.
         seed: of everything random.
         num_threads: threads to use; None takes PyTorch's present number.
         progress: show a progress bar.
@@ -76,8 +82,8 @@ def adapt(
 
     Raises:
         ValueError: recordings that the fit knows already, whose bin width is another one or that its likelihood cannot
-            have produced; parts that are not there; a model without shared dynamics, or whose global sites have rows
-            for recordings or neurons; a guide that is not amortised.
+            have produced; a family that it does not have; parts that are not there; a model without shared dynamics, or
+            whose global sites have rows for recordings or neurons; a guide that is not amortised.
         NonFiniteLossError: naming step and recording; ``error.fit`` is the last good state.
 
     Example:
@@ -93,6 +99,8 @@ def adapt(
     """
     checks.integers(0, num_steps=num_steps, search_steps=search_steps)
     checks.integers(1, num_starts=num_starts)
+    if likelihood is not None:
+        fit = _with_families(fit, dict.fromkeys(new, likelihood))
     parts = _check(fit, new, train, learning_rate)
     began = time.perf_counter()
     model, guide = for_recordings(fit.model, fit.guide, NeuronTable.of(new))
@@ -107,7 +115,7 @@ def adapt(
         with torch.no_grad():
             model.observation.start(new)
             guide.read_in.started.fill_(False)
-            guide.read_in.start(new)
+            guide.read_in.start(new, model.observation.kinds)
         model.eval().requires_grad_(False), guide.eval().requires_grad_(False)
         prior = ReadOutPrior.of(
             fit.model, [name for name, row in zip(fit.names, _trained(fit), strict=True) if row]
@@ -122,6 +130,24 @@ def adapt(
             bar.update()
         trainer.settle()
         return trainer.result()
+
+
+def _with_families(fit: Fit, families: Families) -> Fit:
+    """The fit, its mixed likelihood with these families of more recordings."""
+    known = fit.model.observation
+    if not isinstance(known, Mixed):
+        raise ValueError(
+            f"likelihood: needed none for a fit of one family, {type(known).__name__}, which the new recordings have"
+        )
+    more = Mixed.of({**known.families, **families})
+    if set(more(fit.model.neurons).parts) != set(known.parts):
+        raise ValueError(
+            f"likelihood: needed a family that the fit has, {type(known).__name__}, got {more.__name__}"
+        )
+    model = copy.copy(fit.model)
+    model.config = fit.model.config | {"likelihood": more}
+    model, guide = for_recordings(model, fit.guide, fit.model.neurons)
+    return dataclasses.replace(fit, model=model, guide=guide)
 
 
 def _check(fit: Fit, new: Recordings, train: Collection[str], learning_rate: float) -> tuple[str, ...]:
@@ -183,7 +209,9 @@ def _start(fit, model, guide, new, prior, parts, num_starts, search_steps, seed,
     )
     _requires_grad(model, tables(model, guide)[0])
     fit_read_outs(model, frames.coordinates, batch, rng)
-    rows = [r.detach() for r in rows_of(model, batch)]
+    rows = [
+        prior.units(r.detach(), k) for r, k in zip(rows_of(model, batch), kinds_of(model, batch), strict=True)
+    ]
     report: dict = {}
     if {"read_in", "read_out"} & set(parts):
         known = fit.statistics[_trained(fit)][:, : model.embedding_dim]
@@ -256,9 +284,7 @@ class Adapter(Trainer):
         return dataclasses.replace(batch, embedding_statistics=free)
 
     def penalty(self, terms, batch: Batch) -> Tensor | float:
-        return (
-            -torch.cat([self.prior.log_prob(rows) for rows in rows_of(self.model, batch)]).sum() / self.scale
-        )
+        return -self.prior.of_batch(self.model, batch) / self.scale
 
     def result(self) -> Fit:
         """The fit of all recordings as it stands."""

@@ -44,7 +44,10 @@ def _parser() -> argparse.ArgumentParser:
     fit.add_argument("--embedding-dim", type=int, default=2)
     fit.add_argument("--rank", type=int, default=2)
     fit.add_argument(
-        "--likelihood", choices=("gaussian", "poisson", "negative-binomial"), help="default: by the data"
+        "--likelihood",
+        metavar="FAMILY",
+        help="a family of pyro_metassm.likelihoods in lower case: poisson, negative-binomial, zero-inflated-gamma, "
+        "... (default: poisson for counts, else gaussian)",
     )
     fit.add_argument("--steps", type=int, default=1000, dest="num_steps")
     fit.add_argument("--trials-per-step", type=int, default=32)
@@ -149,7 +152,16 @@ def _fit(files, out: str, **options) -> None:
     from pyro_metassm.experiments import files as experiment
 
     numbers = experiment.run(files, out, **options)
-    for score in ("reconstruction_r2", "bits_per_spike", "forecast_bits_per_spike", "co_bps", "velocity_r2"):
+    last = max(numbers["forecast_r2"], key=int)
+    numbers[label := f"forecast_r2, {last} bins ahead"] = numbers["forecast_r2"][last]
+    for score in (
+        "reconstruction_r2",
+        label,
+        "bits_per_spike",
+        "forecast_bits_per_spike",
+        "co_bps",
+        "velocity_r2",
+    ):
         for name, value in numbers.get(score, {}).items():
             print(f"{score:26}{name:40}{value:>9.4f}")
     print(f"fitted in {numbers['seconds']['fit']:.0f} s; results and pictures in {out}/")

@@ -15,7 +15,7 @@ from torch import Tensor
 from pyro_metassm import _checks as checks
 from pyro_metassm._scores import spike_information
 from pyro_metassm.global_sites import named
-from pyro_metassm.observations import observed
+from pyro_metassm.observations import counted, in_support, observed
 from pyro_metassm.posterior import (
     forecast_chunks,
     forecast_trials,
@@ -23,7 +23,7 @@ from pyro_metassm.posterior import (
     posterior_chunks,
     to_numpy,
 )
-from pyro_metassm.recordings import Recordings
+from pyro_metassm.recordings import Recording, Recordings
 from pyro_metassm.result import Fit
 
 LOWER_IS_BETTER = ("crps",)
@@ -50,7 +50,8 @@ def compare(
     - ``elbo``: ``mean log w_s``, and ``iw``: ``log mean w_s``, a tighter bound of the log density of a trial given the
       training data (Burda et al., 2016); nats per trial. ``psis``: the same with Pareto-smoothed weights, what
       leave-one-out cross-validation estimates from training trials; its ``khat`` tells whether to trust it;
-    - ``bits_per_spike`` of counts: of the neurons that the guide does not see, where there are any, else of all;
+    - ``bits_per_spike`` of counts: of the neurons that the guide does not see, where there are any, else of all (in
+      recordings that are not all counts, of the neurons that all fits have as counts);
     - of forecasts from bin ``context`` on: ``forecast_log_score``, ``log mean_s p(y_tn | z_s)`` (nats), ``crps`` (in
       units of the data), both per bin and neuron, and ``forecast_bits_per_spike`` of counts.
 
@@ -89,15 +90,21 @@ def compare(
     checks.integers(2, num_samples=num_samples)
     _check(fits, test)
     context, horizon = _window(test, context, horizon)
-    scores: dict[str, dict[str, np.ndarray]] = {}
-    for name, fit in fits.items():
-        parts = [
-            posterior_scores(fit, test, each, num_samples, seed)
-            | _forecasts(fit, test, each, context, horizon, num_samples, seed)
+    scores: dict[str, dict[str, np.ndarray]] = {name: {} for name in fits}
+    spiking = {name: _spiking(fits, recording) for name, recording in test.items()}
+    parts = {
+        name: {
+            each: posterior_scores(fit, test, each, num_samples, seed, spiking[each])
+            | _forecasts(fit, test, each, context, horizon, num_samples, seed, spiking[each])
             for each in test
-        ]
-        shared = [key for key in parts[0] if all(key in part for part in parts)]
-        scores[name] = {key: np.concatenate([part[key] for part in parts]) for key in shared}
+        }
+        for name, fit in fits.items()
+    }
+    for key in dict.fromkeys(key for of in parts.values() for part in of.values() for key in part):
+        # Scores of counts are those of the recordings that have some, by all fits.
+        having = [each for each in test if all(key in of[each] for of in parts.values())]
+        for name, of in parts.items() if having else ():
+            scores[name][key] = np.concatenate([of[each][key] for each in having])
     return _table(scores).sort_values(("psis", "mean"), ascending=False)
 
 
@@ -113,21 +120,23 @@ def _check(fits: Mapping[str, Fit], test: Recordings) -> None:
                 f"compare: {name!r} has the latent sites {more}; needed none besides the embedding, the latents "
                 "and PyroSamples"
             )
-    discrete = {name: _is_discrete(fit, test) for name, fit in fits.items()}
-    if len(set(discrete.values())) > 1:
+    discrete = {
+        name: np.concatenate([counted(fit.model, each) for each in test]) for name, fit in fits.items()
+    }
+    if len({each.tobytes() for each in discrete.values()}) > 1:
         warnings.warn(
             "compare: densities of numbers and probabilities of counts are not on one scale; of "
-            f"{[n for n, d in discrete.items() if not d]} (densities) and "
-            f"{[n for n, d in discrete.items() if d]} (counts) compare bits per spike and crps alone",
+            f"{[n for n, d in discrete.items() if not d.all()]} (densities) and "
+            f"{[n for n, d in discrete.items() if d.any()]} (counts) compare bits per spike and crps alone",
             stacklevel=3,
         )
 
 
-def _is_discrete(fit: Fit, test: Recordings) -> bool:
-    """Whether the fit's observations have probabilities, not densities."""
-    one = test.select(test.names[:1]).take_trials(1)
-    (chunk,) = posterior_chunks(fit, one, one.names[0], 1, 0)
-    return bool(observation(fit.model, chunk.latents, chunk.batch).support.is_discrete)
+def _spiking(fits: Mapping[str, Fit], recording: Recording) -> np.ndarray:
+    """Neurons of a recording that are scored in bits per spike, bool ``(N,)``."""
+    if recording.has_counts:
+        return np.ones(recording.num_neurons, dtype=bool)
+    return np.logical_and.reduce([counted(fit.model, recording.name) for fit in fits.values()])
 
 
 def _window(test: Recordings, context: int | None, horizon: int | None) -> tuple[int, int]:
@@ -139,23 +148,24 @@ def _window(test: Recordings, context: int | None, horizon: int | None) -> tuple
 
 
 def posterior_scores(
-    fit: Fit, test: Recordings, name: str, num_samples: int, seed: int
+    fit: Fit, test: Recordings, name: str, num_samples: int, seed: int, spiking: np.ndarray | None = None
 ) -> dict[str, np.ndarray]:
-    """``elbo``, ``iw``, ``psis`` and ``khat`` of every trial; of counts ``bits_per_spike``, from the same draws."""
+    """``elbo``, ``iw``, ``psis`` and ``khat`` of every trial; of neurons ``spiking (N,)`` their ``bits_per_spike``."""
     recording = test[name]
+    spiking = np.zeros(recording.num_neurons, dtype=bool) if spiking is None else spiking
     log_w, rates = np.empty((num_samples, recording.num_trials)), np.zeros(recording.values.shape)
     for chunk in posterior_chunks(fit, test, name, num_samples, seed):
         y, batch = observation(fit.model, chunk.latents, chunk.batch), chunk.batch
         terms = observed(y, batch.mask).log_prob(batch.observations)
         terms = terms + fit.model.path_prior(chunk.embedding, batch).log_prob(chunk.latents)
         log_w[chunk.draws, chunk.trials] = to_numpy((terms - chunk.path.log_prob(chunk.latents))[:, 0])
-        if recording.has_counts:
+        if spiking.any():
             rates[chunk.trials, : batch.num_bins] += y.mean[:, 0].double().sum(0).cpu().numpy()
     smoothed, khat = pareto_smoothed(log_w)
     found = {"elbo": log_w.mean(0), "iw": _log_mean(log_w), "psis": _log_mean(smoothed), "khat": khat}
-    if recording.has_counts:
-        unseen = recording.held_out_neurons
-        chosen = unseen if unseen.any() else ~unseen
+    if spiking.any():
+        unseen = recording.held_out_neurons & spiking
+        chosen = unseen if unseen.any() else spiking
         spikes = recording.observations[..., chosen]
         found |= _information("bits_per_spike", rates[..., chosen] / num_samples, spikes)
     return found
@@ -201,7 +211,14 @@ def _log_mean(log_w: np.ndarray) -> np.ndarray:
 
 
 def _forecasts(
-    fit: Fit, test: Recordings, name: str, context: int, horizon: int, num_samples: int, seed: int
+    fit: Fit,
+    test: Recordings,
+    name: str,
+    context: int,
+    horizon: int,
+    num_samples: int,
+    seed: int,
+    spiking: np.ndarray,
 ) -> dict[str, np.ndarray]:
     """``forecast_log_score``, ``crps`` and ``forecast_bits_per_spike`` of the trials that are long enough."""
     recording, rows = test[name], forecast_trials(test, name, context)
@@ -210,6 +227,7 @@ def _forecasts(
     seen[:, : inside.shape[1]] = inside
     with_data = ~np.isnan(seen).all((1, 2))
     truth = torch.as_tensor(np.nan_to_num(seen), dtype=fit.dtype, device=fit.device)
+    there = torch.as_tensor(~np.isnan(seen), device=fit.device)
     log_density = np.full(seen.shape, -np.inf)
     distance, spread, mean = (np.zeros(seen.shape) for _ in range(3))
     position = {trial: row for row, trial in enumerate(rows)}
@@ -217,7 +235,7 @@ def _forecasts(
     for chunk in forecast_chunks(fit, test, name, rows, context, horizon, num_samples, seed):
         places = [position[int(trial)] for trial in chunk.trials]
         y = observation(fit.model, chunk.latents, chunk.batch)
-        log_density[places] = np.logaddexp(log_density[places], _log_sum(y, truth[places]))
+        log_density[places] = np.logaddexp(log_density[places], _log_sum(y, truth[places], there[places]))
         drawn = y.sample()[:, 0]
         half = len(drawn) // 2
         distance[places] += to_numpy((drawn - truth[places]).abs().sum(0))
@@ -230,14 +248,15 @@ def _forecasts(
         "crps": distance / num_samples - 0.5 * spread / max(sum(pairs.values()), 1),
     }
     result = {key: _mean_of_seen(value, seen)[with_data] for key, value in scores.items()}
-    if recording.has_counts and with_data.any():
-        result |= _information("forecast_bits_per_spike", mean[with_data] / num_samples, seen[with_data])
+    if spiking.any() and with_data.any():
+        mean, seen = mean[with_data][..., spiking], seen[with_data][..., spiking]
+        result |= _information("forecast_bits_per_spike", mean / num_samples, seen)
     return result
 
 
-def _log_sum(y, truth: Tensor) -> np.ndarray:
+def _log_sum(y, truth: Tensor, there: Tensor) -> np.ndarray:
     """``log sum_s p(y_tn | z_s)``, ``(trial, time, neuron)``; of a joint distribution its share of a neuron."""
-    density = y.log_prob(truth)[:, 0]
+    density = y.log_prob(truth if y.event_shape else in_support(y, truth, there))[:, 0]
     if y.event_shape:
         density = (density / truth.shape[-1]).unsqueeze(-1).expand(*density.shape, truth.shape[-1])
     return to_numpy(density.logsumexp(0))

@@ -72,7 +72,7 @@ def search(
         model, guide: fitted; nothing in them is changed.
         frames: canonical frames of the new recordings.
         bins: ``(R, K, T)`` bool, where anything was seen.
-        rows: their read-outs from canonical coordinates, ``(N_i, d + 1)`` each.
+        rows: their read-outs from canonical coordinates, ``(N_i, d + 1)`` each, in the units of the prior.
         recording: ``(R,)`` rows of the model's tables.
         prior: of read-outs from the latents.
         embeddings: means of the known recordings' embeddings, ``(M, embedding_dim)``.

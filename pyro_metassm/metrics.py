@@ -4,7 +4,8 @@ scores.
 Those on arrays (:func:`r2`, :func:`bits_per_spike`, :func:`velocity_r2`, :func:`psth_r2`) know nothing of a
 fit; the others take a fit and recordings, score posterior means recording by recording and return a DataArray
 over `recording`. NaN in the data is ignored everywhere; a score that is not defined (nothing to explain, no
-spikes) is NaN.
+spikes) is NaN. Of a mixed likelihood bits per spike are those of the neurons that it has as counts, and explained
+variance, in a recording of several kinds, that of the others.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import xarray as xr
 
 from pyro_metassm import _checks as checks
 from pyro_metassm._scores import bits_per_spike, explained, psth_r2, r2, velocity_r2
+from pyro_metassm.observations import counted
 from pyro_metassm.posterior import Chunk, forecast_chunks, forecast_trials, observation, posterior_chunks
 from pyro_metassm.recordings import Recording, Recordings
 from pyro_metassm.result import Fit
@@ -74,6 +76,8 @@ def forecast_r2(
         trials = forecast_trials(recs, name, context)
         rates = _mean_forecasts(fit, recs, name, trials, context, horizon, num_samples, seed)
         seen = recording.observations[trials, context : context + horizon].astype(np.float64)
+        chosen = _varying(fit, name)
+        seen, rates = seen[..., chosen], rates[..., chosen]
         for step in range(seen.shape[1]):
             scores[row, step] = explained(seen[:, step], rates[:, step], (0,))
     steps = np.arange(1, horizon + 1)
@@ -99,11 +103,13 @@ def reconstruction_r2(fit: Fit, recs: Recordings, *, num_samples: int = 50, seed
         ValueError: a recording that the fit does not know.
     """
     checks.integers(num_samples=num_samples)
-    return _by_recording(
-        "reconstruction_r2",
-        recs,
-        lambda name, r: r2(r.observations, mean_rates(fit, recs, name, num_samples, seed)),
-    )
+
+    def score(name: str, recording: Recording) -> float:
+        chosen = _varying(fit, name)
+        rates = mean_rates(fit, recs, name, num_samples, seed)
+        return r2(recording.observations[..., chosen], rates[..., chosen])
+
+    return _by_recording("reconstruction_r2", recs, score)
 
 
 def rate_bps(
@@ -130,10 +136,11 @@ def rate_bps(
     """
     checks.integers(num_samples=num_samples)
 
+    spiking = _spiking(fit, recs)
+
     def score(name: str, recording: Recording) -> float:
-        rates = mean_rates(fit, recs, name, num_samples, seed)
-        return bits_per_spike(
-            rates, recording.observations, None if null is None else _null_rates(null[name])
+        return _bits(
+            mean_rates(fit, recs, name, num_samples, seed), recording.observations, null, name, spiking[name]
         )
 
     return _by_recording("rate_bps", recs, score)
@@ -161,13 +168,15 @@ def co_bps(
             "with pm.Recording(..., held_out_neurons=...), before the fit"
         )
 
+    spiking = _spiking(fit, recs)
+
     def score(name: str, recording: Recording) -> float:
-        held_out = recording.held_out_neurons
+        held_out = recording.held_out_neurons & spiking[name]
         if not held_out.any():
             return float("nan")
-        rates = mean_rates(fit, recs, name, num_samples, seed)[..., held_out]
-        null_rates = None if null is None else _null_rates(null[name])[held_out]
-        return bits_per_spike(rates, recording.observations[..., held_out], null_rates)
+        return _bits(
+            mean_rates(fit, recs, name, num_samples, seed), recording.observations, null, name, held_out
+        )
 
     return _by_recording("co_bps", recs, score)
 
@@ -197,7 +206,7 @@ def fp_bps(
         ValueError: no trial as long as ``context``, nothing after it; and as :func:`rate_bps`.
     """
     checks.integers(context=context, horizon=1 if horizon is None else horizon, num_samples=num_samples)
-    scores = {}
+    scores, spiking = {}, _spiking(fit, recs)
     for name, recording in recs.items():
         trials = forecast_trials(recs, name, context)
         steps = min(int(recording.lengths.max()) - context, horizon or recording.num_bins)
@@ -208,9 +217,7 @@ def fp_bps(
             )
         rates = _mean_forecasts(fit, recs, name, trials, context, steps, num_samples, seed)
         spikes = recording.observations[trials, context : context + steps]
-        scores[name] = _named(
-            name, bits_per_spike, rates, spikes, None if null is None else _null_rates(null[name])
-        )
+        scores[name] = _named(name, _bits, rates, spikes, null, name, spiking[name])
     return xr.DataArray(list(scores.values()), {"recording": list(scores)}, ("recording",), "fp_bps")
 
 
@@ -300,6 +307,27 @@ def _mean_over_draws(
 def _by_recording(score: str, recs: Recordings, of: Callable[[str, Recording], float]) -> xr.DataArray:
     values = [_named(name, of, name, recording) for name, recording in recs.items()]
     return xr.DataArray(values, {"recording": list(recs)}, ("recording",), score)
+
+
+def _varying(fit: Fit, name: str) -> np.ndarray:
+    """Neurons of which the variance explained is scored: all of one kind, else those that are no counts."""
+    counts = counted(fit.model, name)
+    return np.ones_like(counts) if counts.all() else ~counts
+
+
+def _spiking(fit: Fit, recs: Recordings) -> dict[str, np.ndarray]:
+    """Neurons that are scored in bits per spike: the counts by the model, all where it has none anywhere."""
+    counts = {name: counted(fit.model, name) for name in recs}
+    return counts if any(each.any() for each in counts.values()) else {n: ~each for n, each in counts.items()}
+
+
+def _bits(
+    rates: np.ndarray, spikes: np.ndarray, null: Recordings | None, name: str, chosen: np.ndarray
+) -> float:
+    if not chosen.any():
+        return float("nan")
+    null_rates = None if null is None else _null_rates(null[name])[chosen]
+    return bits_per_spike(rates[..., chosen], spikes[..., chosen], null_rates)
 
 
 def _named(name: str, function: Callable[..., float], *args: Any) -> float:

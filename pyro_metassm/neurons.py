@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Int, Shaped
 from pyro.nn import PyroModule
 from torch import Tensor, nn
 
@@ -98,7 +98,7 @@ class NeuronTable(nn.Module):
         return self.index[recording, :width]
 
     def gather(
-        self, parameter: Float[Tensor, "total ..."], recording: Int[Tensor, " R"], width: int
+        self, parameter: Shaped[Tensor, "total ..."], recording: Int[Tensor, " R"], width: int
     ) -> Tensor:
         """Rows of ``parameter`` as a padded tensor ``(R, width, ...)``."""
         rows = self.rows(recording, width)
@@ -139,9 +139,10 @@ class ReadIn(nn.Module):
     """Linear read-in, ``ybar = sqrt(N_i) mean_n ((s(y_n) - m_n) / c_i) W_n + b_i`` over the neurons seen (eq. 14).
 
     ``s`` is the square root for counts (it evens out their noise) and the identity otherwise; ``m_n`` are the means of
-    the neurons and ``c_i`` the scale of the recording, both set once by :meth:`start`. Missing bins and held-out
-    neurons contribute nothing; a mean over those seen does not shrink when a few are missing. The root of the number
-    of neurons keeps weights of order one, so that the same learning rate suits ten neurons and a thousand.
+    the neurons and ``c_i`` the scale of the recording, or of each kind of its neurons, both set once by :meth:`start`.
+    Missing bins and held-out neurons contribute nothing; a mean over those seen does not shrink when a few are missing.
+    The root of the number of neurons keeps weights of order one, so that the same learning rate suits ten neurons and a
+    thousand.
 
     Args:
         neurons: the table of all neurons.
@@ -161,39 +162,51 @@ class ReadIn(nn.Module):
         self.weight = nn.Parameter(torch.randn(neurons.total, out_dim))
         self.bias = nn.Parameter(torch.zeros(len(neurons.names), out_dim))
         self.register_buffer("center", torch.zeros(neurons.total))
-        self.register_buffer("scale", torch.ones(len(neurons.names)))
-        self.register_buffer("counts", torch.zeros(len(neurons.names), dtype=torch.bool))
+        self.register_buffer("scale", torch.ones(neurons.total))
+        self.register_buffer("counts", torch.zeros(neurons.total, dtype=torch.bool))
         self.register_buffer("started", torch.tensor(False))
 
-    def start(self, recordings: Recordings) -> None:
-        """Set the transform, the means and the scale of every recording from the data, once."""
+    def start(self, recordings: Recordings, kinds: Tensor | None = None) -> None:
+        """Set the transform, the means and the scale of every recording from the data, once.
+
+        Args:
+            recordings: with the data.
+            kinds: which kind of observations each neuron of the table has, ``(total,)``; default one.
+        """
         self.neurons.check(recordings.names, [recording.num_neurons for recording in recordings.values()])
         if self.started:
             return
         for name, recording in recordings.items():
-            row, rows = self.neurons.names.index(name), self.neurons.slice(name)
-            values, mask = recording.values, recording.mask
-            counts = recording.has_counts
-            features = np.sqrt(values) if counts else values
-            self.counts[row] = counts
-            ever = mask.any((0, 1))  # a neuron without an observation has no mean, and needs none
-            self.center[rows] = torch.as_tensor(features.mean((0, 1), where=mask | ~ever)).to(self.center)
-            variance = features.var((0, 1), where=mask | ~ever)[ever].mean()
-            self.scale[row] = max(float(np.sqrt(variance)), 1e-6)
+            rows = self.neurons.slice(name)
+            its_kinds = np.zeros(recording.num_neurons) if kinds is None else kinds[rows].cpu().numpy()
+            for kind in np.unique(its_kinds):
+                own = its_kinds == kind
+                values, mask = recording.values[..., own], recording.mask[..., own]
+                counts = bool((values >= 0).all() and (values == np.round(values)).all())
+                features = np.sqrt(values) if counts else values
+                ever = mask.any((0, 1))  # a neuron without an observation has no mean, and needs none
+                variance = features.var((0, 1), where=mask | ~ever)[ever]
+                scale = max(float(np.sqrt(variance.mean())), 1e-6) if len(variance) else 1.0
+                chosen = torch.from_numpy(own).to(self.center.device)
+                self.counts[rows][chosen] = counts
+                self.center[rows][chosen] = torch.as_tensor(features.mean((0, 1), where=mask | ~ever)).to(
+                    self.center
+                )
+                self.scale[rows][chosen] = scale
         self.started.fill_(True)
 
     def features(self, batch: Batch) -> Tensor:
         """Centred and scaled features of the neurons, zero where not seen, ``(R, K, T, neuron)``."""
         center = self.neurons.gather(self.center, batch.recording, batch.width)[:, None, None, :]
         seen = everywhere(batch.mask) & batch.held_in[:, None, None, :]
-        scale = self.scale[batch.recording].view(-1, 1, 1, 1)
+        scale = self.neurons.gather(self.scale, batch.recording, batch.width)[:, None, None, :]
         return (self._transformed(batch) - center).mul_(seen).div_(scale)
 
     def forward(self, batch: Batch) -> tuple[Tensor, Tensor]:
         shape = (*batch.observations.shape[:3], 1)
         weight = self.neurons.gather(self.weight, batch.recording, batch.width)
         center = self.neurons.gather(self.center, batch.recording, batch.width)
-        scale = self.scale[batch.recording].view(-1, 1, 1)
+        scale = self.neurons.gather(self.scale, batch.recording, batch.width).unsqueeze(-1)
         steady = everywhere(batch.mask)
         # Held-out neurons and padding have no weight; the mask is needed only where bins are missing.
         weight = weight * (batch.held_in.unsqueeze(-1) / scale)
@@ -218,4 +231,5 @@ class ReadIn(nn.Module):
         # On a GPU the root costs less than asking whether it is needed.
         if y.device.type == "cpu" and not self.counts.any():
             return y
-        return torch.where(self.counts[batch.recording].view(-1, 1, 1, 1), y.clamp(min=0).sqrt(), y)
+        counts = self.neurons.gather(self.counts, batch.recording, batch.width)[:, None, None, :]
+        return torch.where(counts, y.clamp(min=0).sqrt(), y)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+import numpy as np
 import pyro.distributions as dist
 import torch
 from pyro.distributions import TorchDistribution
@@ -209,7 +210,7 @@ class Observed(dist.Independent):
         fused = getattr(self.y, "log_prob_of_trials", None)
         if fused is not None and self.observed.shape == value.shape == self.y.batch_shape:
             if self._validate_args:
-                self._validate_sample(value)
+                self._validate_sample(in_support(self.y, value, self.observed))
             total = fused(value, self.observed)
             if total is not None:
                 return total
@@ -238,6 +239,8 @@ def in_support(y: TorchDistribution, value: Tensor, mask: Tensor) -> Tensor:
     A density that is infinite there has NaN gradients, masked or not. Where torch does not know what ``y`` can be,
     values stay as they are.
     """
+    if hasattr(y, "in_support"):
+        return y.in_support(value, mask)
     try:
         support = y.support
         if support.is_discrete:
@@ -247,6 +250,19 @@ def in_support(y: TorchDistribution, value: Tensor, mask: Tensor) -> Tensor:
     except (AttributeError, NotImplementedError):
         return value
     return torch.where(mask, value, inside)
+
+
+@torch.no_grad()
+def counted(model, name: str) -> np.ndarray:
+    """Which neurons of a recording have probabilities (counts, events), not densities, by the model, bool ``(N,)``."""
+    table, like = model.neurons, next(model.parameters())
+    number = dict(zip(table.names, table.num_neurons, strict=True)).get(name, 0)
+    table.check([name], [number])
+    row = torch.tensor([table.names.index(name)], device=like.device)
+    y = model.likelihood(torch.zeros(1, 1, 1, number, dtype=like.dtype, device=like.device), row)
+    if hasattr(y, "discrete"):
+        return y.discrete[0].cpu().numpy()
+    return np.full(number, bool(y.support.is_discrete))
 
 
 def observed(y: TorchDistribution, mask: Tensor) -> TorchDistribution:

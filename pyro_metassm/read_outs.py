@@ -16,6 +16,39 @@ ELEMENTS = 500_000  # observations a step of the regression
 
 
 @dataclass(frozen=True)
+class Units:
+    """Read-outs of different kinds of neurons made comparable, ``(c, d)`` to ``(c / u, (d - m) / u)``.
+
+    A neuron's read-out is in the units of its predictor: of the data, of their logarithm, ... Between recordings of one
+    kind sizes are compared as they are; between kinds they mean nothing.
+
+    Attributes:
+        size: ``u (num_kinds,)``, the root mean square of a kind's weights; 1 where there is one kind.
+        origin: ``m (num_kinds,)``, the mean of its biases; 0 where there is one kind.
+    """
+
+    size: Tensor
+    origin: Tensor
+
+    @classmethod
+    def of(cls, rows: Sequence[Tensor], kinds: Sequence[Tensor], num_kinds: int) -> Units:
+        """From read-outs ``(N_i, latent_dim + 1)`` and the kinds of their neurons ``(N_i,)``."""
+        every, kind = torch.cat(list(rows)), torch.cat(list(kinds))
+        size, origin = every.new_ones(num_kinds), every.new_zeros(num_kinds)
+        for number in range(num_kinds if num_kinds > 1 else 0):
+            own = kind == number
+            chosen = every[own] if own.any() else every  # of a kind never met as of all
+            size[number] = chosen[:, :-1].square().mean().sqrt().clamp(min=1e-6)
+            origin[number] = chosen[:, -1].mean()
+        return cls(size, origin)
+
+    def __call__(self, rows: Tensor, kinds: Tensor) -> Tensor:
+        """Read-outs in these units."""
+        origin = torch.cat([torch.zeros_like(rows[:, :-1]), self.origin[kinds].unsqueeze(-1)], -1)
+        return (rows - origin) / self.size[kinds].unsqueeze(-1)
+
+
+@dataclass(frozen=True)
 class ReadOutPrior:
     """An empirical prior of a neuron's read-out, ``(c_n, d_n) ~ Normal(mean, covariance)``, from fitted recordings.
 
@@ -26,6 +59,7 @@ class ReadOutPrior:
             between recordings; infinite where they differ as little as samples of ``N`` neurons do.
         shift_mean, shift_covariance: ``(latent_dim,)`` and ``(latent_dim, latent_dim)`` over the recordings of the
             common shift ``s_i`` in ``d_n = c_n s_i + rest``: where in the latent space a recording lies.
+        units: in which all of this is.
     """
 
     mean: Tensor
@@ -33,13 +67,20 @@ class ReadOutPrior:
     concentration: float
     shift_mean: Tensor
     shift_covariance: Tensor
+    units: Units = Units(torch.ones(1), torch.zeros(1))  # of one kind
 
     @classmethod
     @torch.no_grad()
     def of(cls, model, names: Sequence[str] | None = None) -> ReadOutPrior:
         """From the read-outs of a fitted model's recordings: these, or all."""
         table = torch.cat([model.read_out.weight, model.read_out.bias.unsqueeze(-1)], -1)
-        parts = [table[model.neurons.slice(name)] for name in names or model.neurons.names]
+        places = [model.neurons.slice(name) for name in names or model.neurons.names]
+        parts, kinds = (
+            [table[place] for place in places],
+            [model.observation.kinds[place] for place in places],
+        )
+        units = Units.of(parts, kinds, model.observation.num_kinds)
+        parts = [units(part, kind) for part, kind in zip(parts, kinds, strict=True)]
         rows = torch.cat(parts)
         mean = rows.mean(0)
         mean[:-1] = 0.0
@@ -57,18 +98,29 @@ class ReadOutPrior:
         shifts = common_shift(second_moments(parts))
         spread = (shifts - shifts.mean(0)).mT @ (shifts - shifts.mean(0)) / len(shifts)
         spread.diagonal().add_(0.01)  # as far as latents of unit variance may be off anyway
-        return cls(mean, covariance, concentration, shifts.mean(0), spread)
+        return cls(mean, covariance, concentration, shifts.mean(0), spread, units)
 
     def log_prob(self, rows: Tensor) -> Tensor:
-        """Of read-outs ``(..., latent_dim + 1)``, up to a constant."""
+        """Of read-outs ``(..., latent_dim + 1)`` in its units, up to a constant."""
         error = rows - self.mean
         return -0.5 * (error @ torch.linalg.inv(self.covariance) * error).sum(-1)
+
+    def of_batch(self, model, batch: Batch) -> Tensor:
+        """Of the read-outs of a batch's recordings, summed, up to a constant."""
+        pairs = zip(rows_of(model, batch), kinds_of(model, batch), strict=True)
+        return torch.cat([self.log_prob(self.units(rows, kinds)) for rows, kinds in pairs]).sum()
 
 
 def rows_of(model, batch: Batch) -> list[Tensor]:
     """The read-outs ``(N_i, latent_dim + 1)`` of a batch's recordings."""
     rows = torch.cat([model.read_out.weight, model.read_out.bias.unsqueeze(-1)], -1)
     return [rows[model.neurons.slice(name)] for name in batch.names]
+
+
+def kinds_of(model, batch: Batch) -> list[Tensor]:
+    """The kinds ``(N_i,)`` of observations of the neurons of a batch's recordings."""
+    kinds = model.observation.kinds
+    return [kinds[model.neurons.slice(name)] for name in batch.names]
 
 
 def second_moments(rows: list[Tensor]) -> Tensor:
@@ -120,7 +172,7 @@ def fit_read_outs(
         total = observed(y, mask).log_prob(batch.observations[:, rows]).sum()
         if prior is not None:
             share = trials / z.shape[1]
-            total = total + share * torch.cat([prior.log_prob(r) for r in rows_of(model, batch)]).sum()
+            total = total + share * prior.of_batch(model, batch)
         loss = -total / mask.sum().clamp(min=1)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
@@ -129,24 +181,25 @@ def fit_read_outs(
 
 
 def _start(model, z: Tensor, batch: Batch) -> None:
-    """Least squares; with another link than the identity, no tuning and each neuron's mean."""
+    """Least squares; for neurons with another link than the identity, no tuning and each one's mean."""
     read_out = model.read_out
-    predictor = read_out(z[:, :1, :1], batch.recording, batch.width)
-    identity = torch.allclose(model.likelihood(predictor, batch.recording).mean, predictor)
+    predictor = read_out(z[:, :8, :1], batch.recording, batch.width)
+    mean = model.likelihood(predictor, batch.recording).mean
+    identity = torch.isclose(mean, predictor).all(2).all(1)  # (R, N)
     for r, name in enumerate(batch.names):
         rows, width = read_out.neurons.slice(name), batch.num_neurons[r]
         mask = batch.mask[r, ..., :width]
         seen = mask.any(-1)
         mask, y = mask[seen], batch.observations[r, ..., :width][seen]  # zero where a neuron is missing
         count = mask.sum(0)
-        at = None if identity else model.observation.predictor_at(y.sum(0) / count.clamp(min=1), rows)
+        counts = ((y >= 0) & (y == y.round())).all(0)  # about the link's scale
+        start = ((y.sum(0) + 0.5) / count.clamp(min=1)).log().where(counts, torch.nan)
+        at = model.observation.predictor_at(y.sum(0) / count.clamp(min=1), rows)
         if at is not None:
-            read_out.weight[rows] = 0.0
-            read_out.bias[rows] = torch.where((count > 0) & at.isfinite(), at, 0.0)
-            continue
-        if not identity and (y >= 0).all() and (y == y.round()).all():  # counts: about the link's scale
-            read_out.weight[rows] = 0.0
-            read_out.bias[rows] = ((y.sum(0) + 0.5) / count.clamp(min=1)).log()
+            start = torch.where(at.isnan(), start, torch.where((count > 0) & ~at.isinf(), at, 0.0))
+        linear = identity[r, :width] | start.isnan()
+        if not linear.any():
+            read_out.weight[rows], read_out.bias[rows] = 0.0, start
             continue
         design = torch.cat([z[r], torch.ones_like(z[r][..., :1])], -1)[seen]
         moment = (design.mT @ y).mT.unsqueeze(-1)  # (N, d + 1, 1)
@@ -158,4 +211,5 @@ def _start(model, z: Tensor, batch: Batch) -> None:
         mean = gram.diagonal(dim1=-2, dim2=-1).mean(-1).clamp(min=1e-6)
         gram = gram + 1e-4 * mean[:, None, None] * torch.eye(design.shape[1]).to(gram)
         solution = torch.linalg.solve(gram, moment).squeeze(-1)
-        read_out.weight[rows], read_out.bias[rows] = solution[:, :-1], solution[:, -1]
+        read_out.weight[rows] = solution[:, :-1].where(linear.unsqueeze(-1), 0.0)
+        read_out.bias[rows] = torch.where(linear, solution[:, -1], start)

@@ -273,6 +273,8 @@ def _encode(value: Any, where: str) -> Any:
     """A value as JSON: objects stand for what JSON lacks."""
     if isinstance(value, np.generic):
         value = value.item()
+    if isinstance(value, type) and issubclass(value, likelihoods.Mixed) and value.made_by_of:
+        return _encode_class(value.__mro__[1]) | {"of": _encode(value.families, where)}
     if isinstance(value, type):
         return _encode_class(value)
     if isinstance(value, float) and not math.isfinite(value):
@@ -293,6 +295,11 @@ def _decode(value: Any, custom: Mapping[str, type]) -> Any:
     if not isinstance(value, dict):
         return value
     match value:
+        case {"class": str(name), "module": str(module), "of": dict(families)}:
+            cls = _class(name, module, custom)
+            if not issubclass(cls, likelihoods.Mixed):
+                raise ValueError(f"{HEADER}: needed a Mixed likelihood of families, got {name}")
+            return cls.of(_decode(families, custom))
         case {"class": str(name), "module": str(module)}:
             return _class(name, module, custom)
         case {"float": str(text)} if text in ("nan", "inf", "-inf"):

@@ -45,7 +45,7 @@ def check(model, guide, recs: Recordings) -> list[str]:
             batch = recs.batch(
                 model.names, trials={name: [0] for name in recs}, dtype=like.dtype, device=like.device
             )
-            guide.read_in.start(recs)
+            guide.read_in.start(recs, model.observation.kinds)
         except Exception as error:
             return [f"the recordings do not go with the model: {_of(error)}"]
         try:

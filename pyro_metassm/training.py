@@ -130,7 +130,7 @@ def fit(
     )
     model, guide = copy.deepcopy((model, guide))
     model.to(chosen).train(), guide.to(chosen).train()
-    guide.read_in.start(recs)
+    guide.read_in.start(recs, model.observation.kinds)
     threads = machine.threads(num_threads or torch.get_num_threads())
     generators = [chosen] if chosen.type == "cuda" else []
     with threads, machine.memory_kept(), torch.random.fork_rng(generators):

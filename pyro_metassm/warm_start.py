@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from pyro_metassm.frames import RIDGE, Frames, canonical_frames
 from pyro_metassm.optimizers import adam, one_cycle
-from pyro_metassm.read_outs import fit_read_outs, rows_of, second_moments
+from pyro_metassm.read_outs import Units, fit_read_outs, kinds_of, rows_of, second_moments
 from pyro_metassm.recordings import Batch, Recordings
 from pyro_metassm.windows import TiedFrames, Windows, growing
 
@@ -66,7 +66,7 @@ def _initialise(model, guide, recs, num_steps, seed, device, on_step) -> None:
         frames.coordinates,
         bins,
         batch.recording,
-        tuning=second_moments([r[:, :-1].detach() for r in rows_of(model, batch)]),
+        tuning=second_moments([r[:, :-1] for r in _comparable_rows(model, batch)]),
     )
     stage.run(num_steps, rng, on_step)
     write_read_in(guide, frames, stage.frame, stage.offset, batch)
@@ -75,6 +75,13 @@ def _initialise(model, guide, recs, num_steps, seed, device, on_step) -> None:
         _write_noise(model, guide, z, bins, batch)
     write_read_outs(model, stage.frame, stage.offset, batch)
     fit_read_outs(model, z, batch, rng, num_steps=40, afresh=False)
+
+
+def _comparable_rows(model, batch: Batch) -> list[Tensor]:
+    """The read-outs of a batch's recordings, each kind of neurons in its own units."""
+    rows, kinds = [r.detach() for r in rows_of(model, batch)], kinds_of(model, batch)
+    units = Units.of(rows, kinds, model.observation.num_kinds)
+    return [units(r, k) for r, k in zip(rows, kinds, strict=True)]
 
 
 class DynamicsFirst(TiedFrames):

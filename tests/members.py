@@ -51,6 +51,9 @@ def smoothed(guide):
 
 SIZES = {"latent_dim": LATENT, "embedding_dim": EMBEDDING, "hidden_dim": 6}
 LIKELIHOODS = {c.__name__: c for c in concrete(pm.likelihoods, Likelihood)}
+LIKELIHOODS["Mixed"] = pm.likelihoods.Mixed.of(
+    {"b": Gaussian, "*": {"unit": pm.likelihoods.Poisson, "*": pm.likelihoods.Gamma}}
+)
 FIRST = ("Gaussian", "Poisson", "NegativeBinomial")
 MODELS = {c.__name__: (maker(c, **SIZES), c) for c in concrete(pm.models, MetaSSM)}
 COMPARISONS = [c for c in concrete(pm.models, MetaSSM) if c.__module__ == pm.models.comparisons.__name__]

@@ -22,12 +22,18 @@ KINDS = {
     "counts": lambda rng, shape: rng.poisson(2.0, shape) * 1.0,
     "binary": lambda rng, shape: rng.binomial(1, 0.4, shape) * 1.0,
     "positive": lambda rng, shape: rng.gamma(2.0, 1.5, shape),
+    # The first neuron counts, the others are positive; named so below.
+    "mixed": lambda rng, shape: np.where(
+        np.arange(shape[-1]) == 0, rng.poisson(2.0, shape), rng.gamma(2.0, 1.5, shape)
+    ),
     "not negative": lambda rng, shape: rng.gamma(2.0, 1.5, shape) * rng.binomial(1, 0.6, shape),
 }
 
 
 def kind_of(family: type) -> str:
     """The kind of data, of ``KINDS``, that a likelihood is for."""
+    if issubclass(family, pm.likelihoods.Mixed):
+        return "mixed"
     return {
         "Gaussian": "real",
         "LowRankGaussian": "real",
@@ -61,6 +67,8 @@ def recordings(
         array = np.full((len(lengths), width, num_neurons), np.nan)
         for row, y in zip(array, trials, strict=True):
             row[: len(y)] = y
+        if kind == "mixed":
+            more["neuron_ids"] = ["unit", *(f"ca {n}" for n in range(1, num_neurons))]
         result.append(Recording(name, array, bin_width=0.02, lengths=np.array(lengths), **more))
     return Recordings(result)
 

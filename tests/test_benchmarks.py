@@ -36,7 +36,7 @@ def copy_weights(net: Networks, model, guide) -> None:
     table, read_in = model.neurons, guide.read_in
     for row, name in enumerate(table.names):
         rows = table.slice(name)
-        weight = read_in.weight[rows] / (read_in.scale[row] * table.num_neurons[row] ** 0.5)
+        weight = read_in.weight[rows] / (read_in.scale[rows, None] * table.num_neurons[row] ** 0.5)
         net.read_in[row].weight.copy_(weight.mT)
         net.read_in[row].bias.copy_(read_in.bias[row] - read_in.center[rows] @ weight)
         net.read_out[row].weight.copy_(model.read_out.weight[rows])

@@ -183,7 +183,10 @@ def test_draws_are_computed_together_as_one_by_one(case):
 def test_held_out_neurons_are_scored_and_not_seen(case):
     plain = data_for(case, shapes={"a": (3, (6, 4)), "b": (2, (5,))})
     recs = Recordings([
-        Recording(r.name, r.observations, bin_width=r.bin_width, lengths=r.lengths, held_out_neurons=[1])
+        Recording(
+            r.name, r.observations, bin_width=r.bin_width, lengths=r.lengths, neuron_ids=r.neuron_ids,
+            held_out_neurons=[1],
+        )
         for r in plain.values()
     ])  # fmt: skip
     model, guide = make(case, recs)

@@ -124,7 +124,7 @@ def test_the_read_in_is_its_features_times_its_weights(kind, pieces):
     mask = masks()[kind]
     read_in = ReadIn(NeuronTable(["a", "b", "c"], [6, 2, 4]), 3).double()
     with torch.no_grad():
-        read_in.center.normal_(), read_in.scale.uniform_(0.5, 2.0), read_in.counts[1].fill_(True)
+        read_in.center.normal_(), read_in.scale.uniform_(0.5, 2.0), read_in.counts[6:8].fill_(True)
         read_in.bias.normal_()
     held_in = mask.any(2).any(1)
     held_in[0, 4] = False

@@ -172,7 +172,7 @@ def test_read_in_starts_once_and_with_neurons_never_seen():
     read_in.start(recs)
     state = {k: v.clone() for k, v in read_in.state_dict().items()}
     assert all(v.isfinite().all() for v in state.values())
-    assert np.isclose(read_in.scale.item(), np.sqrt(np.nanvar(y[..., [0, 2]], (0, 1)).mean()), rtol=1e-5)
+    assert np.isclose(read_in.scale[0].item(), np.sqrt(np.nanvar(y[..., [0, 2]], (0, 1)).mean()), rtol=1e-5)
     read_in.start(Recordings([Recording("a", 3 * y, bin_width=0.02)]))
     assert all(torch.equal(v, state[k]) for k, v in read_in.state_dict().items())
 

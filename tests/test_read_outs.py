@@ -9,6 +9,7 @@ from torch.distributions import MultivariateNormal
 
 import pyro_metassm as pm
 from pyro_metassm import read_outs
+from pyro_metassm.likelihoods import Gaussian
 from pyro_metassm.neurons import NeuronTable, ReadOut
 from pyro_metassm.read_outs import ReadOutPrior, common_shift, fit_read_outs, rows_of, second_moments
 
@@ -22,7 +23,7 @@ def model_of(rows):
     with torch.no_grad():
         read_out.weight.copy_(rows[..., :-1].flatten(0, 1))
         read_out.bias.copy_(rows[..., -1].flatten())
-    return SimpleNamespace(read_out=read_out, neurons=table)
+    return SimpleNamespace(read_out=read_out, neurons=table, observation=Gaussian(table))
 
 
 def normal_rows(num_recordings, num_neurons, seed=0):

@@ -48,10 +48,10 @@ def pair(table=TABLE, *, model=Own, guide=OwnGuide, seed=0, **options):
 
 PER_NEURON = {
     "model.read_out.weight", "model.read_out.bias", "model.observation.log_sd", "model.gain", "model.ceiling",
-    "guide.read_in.weight", "guide.read_in.center",
+    "guide.read_in.weight", "guide.read_in.center", "guide.read_in.scale", "guide.read_in.counts",
 }  # fmt: skip
 PER_RECORDING = {
-    "model.noise", "model.kind", "guide.read_in.bias", "guide.read_in.scale", "guide.read_in.counts", "guide.tilt",
+    "model.noise", "model.kind", "guide.read_in.bias", "guide.tilt",
 }  # fmt: skip
 
 

@@ -10,11 +10,13 @@ import numpy as np
 import torch
 
 from pyro_metassm import _checks as checks
-from pyro_metassm import io, likelihoods, metrics
+from pyro_metassm import io, metrics
 from pyro_metassm.adaptation import adapt
 from pyro_metassm.experiments import adapting_report, files, report
+from pyro_metassm.neurons import NeuronTable
+from pyro_metassm.observations import counted
 from pyro_metassm.posterior import forecast, posterior
-from pyro_metassm.rebuilding import construct
+from pyro_metassm.rebuilding import construct, for_recordings
 from pyro_metassm.recordings import Recording, Recordings
 from pyro_metassm.result import Fit
 from pyro_metassm.training import NonFiniteLossError, fit
@@ -92,7 +94,7 @@ def run(
         "num_samples": num_samples,
         "seed": seed,
     }
-    score = "forecast_r2" if family is likelihoods.Gaussian else "forecast_bits_per_spike"
+    score = "forecast_bits_per_spike" if _all_counts(known, recs) else "forecast_r2"
     scores: dict[str, dict] = {"adapted": {}, "scratch": {}, "constant": {}}
     found: dict[str, dict] = {name: {} for name in recs}
     adapted = known
@@ -166,6 +168,13 @@ def from_scratch(known: Fit, few: Recordings, *, num_steps: int, seed: int, prog
 
 
 # ---- parts -----------------------------------------------------------------------------------------------
+
+
+def _all_counts(known: Fit, recs: Recordings) -> bool:
+    """Whether the likelihood has all neurons of recordings that the fit does not know as counts."""
+    model, _ = for_recordings(known.model, known.guide, NeuronTable.of(recs))
+    model.observation.start(recs)
+    return all(counted(model, name).all() for name in recs)
 
 
 def _split(recs: Recordings, num_trials: int, test_fraction: float | None, seed: int):

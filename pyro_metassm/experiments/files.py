@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,16 +14,20 @@ from pyro_metassm import io, likelihoods, metrics, saving
 from pyro_metassm.experiments import report
 from pyro_metassm.guides import DKF
 from pyro_metassm.models import MetaSSM
+from pyro_metassm.observations import counted
 from pyro_metassm.posterior import forecast, posterior
 from pyro_metassm.recordings import Recordings
 from pyro_metassm.result import Fit
 from pyro_metassm.training import fit
 
 FAMILIES: dict[str, type[likelihoods.Likelihood]] = {
-    "gaussian": likelihoods.Gaussian,
-    "poisson": likelihoods.Poisson,
-    "negative-binomial": likelihoods.NegativeBinomial,
+    re.sub("(?<=[a-z])(?=[A-Z])", "-", name).lower(): family
+    for name, family in vars(likelihoods).items()
+    if inspect.isclass(family)
+    and issubclass(family, likelihoods.Likelihood)
+    and not inspect.isabstract(family)
 }
+"""The families that can be asked for on the command line: classes by their names, ``negative-binomial`` for one."""
 
 
 def run(
@@ -49,7 +55,8 @@ def run(
         files: ``.npz`` or xarray netCDF files, one recording each (see :mod:`pyro_metassm.io`).
         out: folder to write into.
         latent_dim, embedding_dim, rank: sizes of the model.
-        likelihood: "gaussian", "poisson" or "negative-binomial"; None: Poisson for counts, else Gaussian.
+        likelihood: name of a family of ``pyro_metassm.likelihoods``, such as "negative-binomial" or "gamma"; None:
+            Poisson for counts, else Gaussian.
         num_steps, trials_per_step, learning_rate: of SVI.
         test_fraction: share of each recording's trials held out; all scores are theirs.
         context: bins given to forecasts; None: half of the usual length of a trial (the
@@ -64,8 +71,10 @@ def run(
         what ``metrics.json`` holds.
 
     Raises:
-        ValueError: files that cannot be read, or data that the likelihood cannot have produced.
+        ValueError: files that cannot be read, a family that is not there, or data that it cannot have produced.
     """
+    if likelihood is not None and likelihood not in FAMILIES:
+        raise ValueError(f"likelihood: needed one of {', '.join(sorted(FAMILIES))}, got {likelihood!r}")
     out = report.folder(out)
     seconds: dict[str, float] = {}
     with report.timed(seconds, "read"):
@@ -143,8 +152,9 @@ def scores(
 ) -> dict:
     """What a fit is worth on test trials: scores by name, ``forecast_r2`` by steps ahead, each by recording.
 
-    Counts are scored in bits per spike as well, held-out neurons and behaviour where there are any; the null model of
-    ``bits_per_spike`` and ``co_bps`` and the decoder of behaviour are made from ``train``.
+    What the likelihood has as counts (or events) is scored in bits per spike as well, held-out neurons and behaviour
+    where there are any; the null model of ``bits_per_spike`` and ``co_bps`` and the decoder of behaviour are made from
+    ``train``.
     """
     draws: dict[str, Any] = {"num_samples": num_samples, "seed": seed}
     curve = metrics.forecast_r2(result, test, context=context, horizon=horizon, **draws)
@@ -153,12 +163,13 @@ def scores(
         "reconstruction_r2": report.by_recording(metrics.reconstruction_r2(result, test, **draws)),
         "forecast_r2": {str(k): report.by_recording(curve.sel(horizon_step=k)) for k in steps},
     }
-    if not isinstance(result.model.observation, likelihoods.Gaussian):
-        bps = metrics.rate_bps(result, test, null=train, **draws)
-        ahead = metrics.fp_bps(result, test, context=context, horizon=horizon, **draws)
+    spiking = {name: counted(result.model, name) for name in test}
+    if spikes := [name for name, each in spiking.items() if each.any()]:
+        bps = metrics.rate_bps(result, test.select(spikes), null=train, **draws)
+        ahead = metrics.fp_bps(result, test.select(spikes), context=context, horizon=horizon, **draws)
         numbers["bits_per_spike"] = report.by_recording(bps)
         numbers["forecast_bits_per_spike"] = report.by_recording(ahead)
-        held_out = [name for name, r in test.items() if r.held_out_neurons.any()]
+        held_out = [name for name in spikes if (test[name].held_out_neurons & spiking[name]).any()]
         if held_out:
             co_smoothing = metrics.co_bps(result, test.select(held_out), null=train, **draws)
             numbers["co_bps"] = report.by_recording(co_smoothing)

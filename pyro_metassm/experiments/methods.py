@@ -201,7 +201,7 @@ def adapt_plainly(fit: Fit, new: Recordings, steps: Steps, seed: int, num_thread
         model, guide = for_recordings(fit.model, fit.guide, NeuronTable.of(new))
         model.observation.start(new)
         guide.read_in.started.fill_(False)
-        guide.read_in.start(new)
+        guide.read_in.start(new, model.observation.kinds)
         for module in (model, guide):
             module.train().requires_grad_(False)
         for own in (guide.read_in, model.read_out, model.observation):

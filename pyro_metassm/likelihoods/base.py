@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from abc import ABC, abstractmethod
 
 import numpy as np
@@ -26,6 +27,16 @@ class Likelihood(nn.Module, ABC):
         super().__init__()
         self.neurons = neurons
 
+    @staticmethod
+    def checked(family: type[Likelihood]) -> type[Likelihood]:
+        """The family, if it is a class that can be made; else ``ValueError``."""
+        if not (isinstance(family, type) and issubclass(family, Likelihood)) or inspect.isabstract(family):
+            raise ValueError(
+                "likelihood: needed a class of pyro_metassm.likelihoods, such as likelihoods.Poisson or "
+                f"likelihoods.Mixed.of({{...}}), got {family!r}"
+            )
+        return family
+
     @abstractmethod
     def forward(self, predictor: Tensor, recording: Tensor) -> TorchDistribution:
         """``predictor (..., R, K, T, neuron)`` and its recordings' rows ``(R,)`` to a distribution of that shape."""
@@ -39,10 +50,20 @@ class Likelihood(nn.Module, ABC):
     def predictor_at(self, mean: Tensor, rows: slice) -> Tensor | None:
         """About the predictors at which the neurons ``rows`` of the table have this mean, ``(N,)``.
 
-        Read-outs of a family whose mean is not its predictor start there. None, the default, is the logarithm for
-        counts, and least squares of the observations themselves for others.
+        Read-outs of a family whose mean is not its predictor start there. None, the default, or NaN for a neuron is
+        the logarithm for counts, and least squares of the observations themselves for others.
         """
         return None
+
+    @property
+    def kinds(self) -> Tensor:
+        """Which kind of observations each neuron of the table has, ``(total,)``: numbers below ``num_kinds``."""
+        return torch.zeros(self.neurons.total, dtype=torch.long, device=self.neurons.index.device)
+
+    @property
+    def num_kinds(self) -> int:
+        """How many kinds there are; one, but for mixed families."""
+        return 1
 
     def by_neuron(self, parameter: Tensor, predictor: Tensor, recording: Tensor) -> Tensor:
         """Rows of a parameter of neurons ``(total,)`` for this batch, ``(R, 1, 1, neuron)``."""

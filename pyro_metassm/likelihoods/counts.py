@@ -43,7 +43,11 @@ class _Counts(Likelihood):
 
 
 class Poisson(_Counts):
-    r"""``y ~ Poisson(rate)``, with the saturating exponential link."""
+    r"""``y ~ Poisson(rate)``, with the exponential link, bounded softly.
+
+    ``1 / rate = exp(-predictor) + 1 / ceiling`` in counts per bin, with a ceiling of twice the neuron's largest count:
+    latents multiply rates, and a forecast that strays cannot explode. :class:`SoftplusPoisson` has the softplus link.
+    """
 
     def forward(self, predictor: Tensor, recording: Tensor) -> TorchDistribution:
         ceiling = self.by_neuron(self.log_ceiling, predictor, recording)
