@@ -32,7 +32,11 @@ SIMULATED = 16  # trials, at most, whose canonical frame is a start
 ELEMENTS = 2**26  # numbers at a time while starts are judged, for the memory
 LOOK = 10  # steps between two looks at the error: a look makes the host wait for a GPU
 SCREENED = 24  # windows of each recording that starts are judged by
-STAGES = ((24, 16, 3e-2), (8, 32, 1e-2))  # (starts kept, windows a step, learning rate)
+STAGES = (
+    (96, 8, 3e-2),
+    (24, 16, 3e-2),
+    (8, 32, 1e-2),
+)  # (starts kept, windows a step, learning rate): many are judged again once they have moved
 
 
 @dataclass(frozen=True)
