@@ -14,10 +14,10 @@ from torch import Tensor
 
 from pyro_metassm import _checks as checks
 from pyro_metassm._scores import spike_information
-from pyro_metassm.observations import observed
-from pyro_metassm.posterior import (
+from pyro_metassm.draws import (
     forecast_chunks,
     forecast_trials,
+    log_weights,
     observation,
     posterior_chunks,
     to_numpy,
@@ -92,7 +92,7 @@ def compare(
     for name, fit in fits.items():
         parts = [
             _posterior_scores(fit, test, each, num_samples, seed)
-            | _forecasts(fit, test, each, context, horizon, num_samples, seed)
+            | forecast_scores(fit, test, each, context, horizon, num_samples, seed)[1]
             for each in test
         ]
         shared = [key for key in parts[0] if all(key in part for part in parts)]
@@ -141,12 +141,10 @@ def _posterior_scores(
     recording = test[name]
     log_w, rates = np.empty((num_samples, recording.num_trials)), np.zeros(recording.values.shape)
     for chunk in posterior_chunks(fit, test, name, num_samples, seed):
-        y, batch = observation(fit.model, chunk.latents, chunk.batch), chunk.batch
-        terms = observed(y, batch.mask).log_prob(batch.observations)
-        terms = terms + fit.model.path_prior(chunk.embedding, batch).log_prob(chunk.latents)
-        log_w[chunk.draws, chunk.trials] = to_numpy((terms - chunk.path.log_prob(chunk.latents))[:, 0])
+        y = observation(fit.model, chunk.latents, chunk.batch)
+        log_w[chunk.draws, chunk.trials] = to_numpy(log_weights(fit, chunk, y))
         if recording.has_counts:
-            rates[chunk.trials, : batch.num_bins] += y.mean[:, 0].double().sum(0).cpu().numpy()
+            rates[chunk.trials, : chunk.batch.num_bins] += y.mean[:, 0].double().sum(0).cpu().numpy()
     smoothed, khat = pareto_smoothed(log_w)
     found = {"elbo": log_w.mean(0), "iw": _log_mean(log_w), "psis": _log_mean(smoothed), "khat": khat}
     if recording.has_counts:
@@ -196,10 +194,11 @@ def _log_mean(log_w: np.ndarray) -> np.ndarray:
     return np.logaddexp.reduce(log_w, 0) - math.log(len(log_w))
 
 
-def _forecasts(
+def forecast_scores(
     fit: Fit, test: Recordings, name: str, context: int, horizon: int, num_samples: int, seed: int
-) -> dict[str, np.ndarray]:
-    """``forecast_log_score``, ``crps`` and ``forecast_bits_per_spike`` of the trials that are long enough."""
+) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    """The trials that have data after ``context``, and of them ``forecast_log_score``, ``crps`` and, of counts,
+    ``forecast_bits_per_spike``."""
     recording, rows = test[name], forecast_trials(test, name, context)
     seen = np.full((len(rows), horizon, recording.num_neurons), np.nan)
     inside = recording.observations[rows, context : context + horizon]
@@ -228,7 +227,7 @@ def _forecasts(
     result = {key: _mean_of_seen(value, seen)[with_data] for key, value in scores.items()}
     if recording.has_counts and with_data.any():
         result |= _information("forecast_bits_per_spike", mean[with_data] / num_samples, seen[with_data])
-    return result
+    return np.asarray(rows)[with_data], result
 
 
 def _log_sum(y, truth: Tensor) -> np.ndarray:

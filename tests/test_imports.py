@@ -12,16 +12,17 @@ ROOT = Path(__file__).resolve().parents[1]
 LAYERS: tuple[set[str], ...] = (
     {
         "_batch", "_checks", "_machine", "_recording", "_summary",
-        "adaptations", "blocks", "capture", "describing", "distributions", "dynamics", "io", "likelihoods", "native",
-        "neurons", "observations", "products", "rebuilding", "recordings", "simulate", "sites",
+        "adaptations", "blocks", "capture", "describing", "dims", "distributions", "dynamics", "io", "likelihoods",
+        "native", "neurons", "observations", "products", "rebuilding", "recordings", "simulate", "sites",
     },
     {"models"},
     {"guides"},
     {
-        "adaptation", "checkpoints", "elbo", "few_shot", "frames", "history", "optimizers", "posterior", "read_outs",
-        "result", "saving", "training", "trees", "warm_start", "windows",
+        "adaptation", "checkpoints", "draws", "elbo", "few_shot", "for_arviz", "frames", "history", "joining",
+        "keeping", "optimizers", "posterior", "read_outs", "result", "saving", "training", "trees",
+        "warm_start", "windows",
     },
-    {"_embedding_plot", "_flow_plots", "_scores", "analysis", "comparing", "metrics", "plots"},
+    {"_embedding_plot", "_flow_plots", "_scores", "analysis", "comparing", "leaving_future_out", "metrics", "plots"},
     {"__main__", "cli", "experiments"},
 )  # fmt: skip
 LAYER = {name: number for number, names in enumerate(LAYERS) for name in names}
