@@ -11,9 +11,9 @@ PREDICTIVE = ("posterior_predictive", "prior_predictive")
 def to_arviz(tree: xr.DataTree, recording: str | None = None):
     """What the installed ArviZ reads, summarises, plots and scores: `InferenceData` for 0.x, a `DataTree` for 1.x.
 
-    - Only the observations that were made: where some are missing, ``observed_data``, ``posterior_predictive`` and
-      ``prior_predictive`` have one dimension ``observation`` in place of ``(trial, time, neuron)``, which become
-      coordinates along it. Counts are integers.
+    - ``observed_data``, ``posterior_predictive`` and ``prior_predictive`` have one dimension ``observation``, of the
+      observations that were made, in place of ``(trial, time, neuron)``, which become coordinates along it: the plots
+      of neither line take missing numbers, and some of 1.x take one dimension alone. Counts are integers.
     - ``log_likelihood`` is that of trials, their latents integrated out (``trials``): bins of a trial are not
       exchangeable, and what leaves a trial out leaves its latents out. ``loo`` and ``compare`` are then of trials; for
       later bins given earlier ones see :func:`pyro_metassm.leave_future_out`.
@@ -42,7 +42,7 @@ def to_arviz(tree: xr.DataTree, recording: str | None = None):
         groups = {name: node.to_dataset() for name, node in tree[recording].children.items()}
         if "log_likelihood" in groups:
             groups["log_likelihood"] = groups["log_likelihood"][["trials"]]
-        _only_seen(groups)
+        _flat(groups)
     else:
         groups = {name: node.to_dataset() for name, node in tree.children.items() if not node.children}
         recordings = {name: node for name, node in tree.children.items() if "log_likelihood" in node.children}
@@ -70,19 +70,14 @@ def _one_after_the_other(parts: dict[str, xr.DataArray]) -> xr.Dataset:
     return xr.concat(named, "trial").to_dataset(name="trials")
 
 
-def _only_seen(groups: dict[str, xr.Dataset]) -> None:
-    """Leave out observations that were not made, of the data and of draws of them; counts as integers."""
+def _flat(groups: dict[str, xr.Dataset]) -> None:
+    """One dimension of the observations that were made, of the data and of draws of them; counts as integers."""
     names = [name for name in (*PREDICTIVE, "observed_data") if name in groups]
-    if "observed_data" not in groups:
-        return
     values = groups["observed_data"]["observations"]
-    dims, seen = values.dims, values.notnull()
-    chosen = None if bool(seen.all()) else np.flatnonzero(seen.values.ravel())
+    chosen = np.flatnonzero(values.notnull().values.ravel())
     for name in names:
-        of = groups[name]["observations"]
-        if chosen is not None:
-            of = of.stack(observation=dims, create_index=False).isel(observation=chosen)
-        groups[name] = of.to_dataset(name="observations")
+        flat = groups[name]["observations"].stack(observation=values.dims, create_index=False)
+        groups[name] = flat.isel(observation=chosen).to_dataset(name="observations")
     if all(bool((groups[name]["observations"] % 1 == 0).all()) for name in names):
         for name in names:
             groups[name] = groups[name].astype(np.int32)

@@ -33,7 +33,7 @@ def join(*trees: xr.DataTree) -> xr.DataTree:
         ...     pm.forecast(fit, recs, context=10, horizon=10),
         ... )
         >>> sorted(tree["w=5"].children)[-4:]
-        ['predictions_constant_data', 'prior', 'prior_predictive', ...]
+        ['predictions', 'predictions_constant_data', 'prior', 'prior_predictive']
     """
     if not trees:
         raise ValueError("join: needed trees of pm.posterior, pm.prior_predictive or pm.forecast, got none")

@@ -110,13 +110,22 @@ def test_data_and_draws_of_them_are_of_what_was_seen(tree):
         np.testing.assert_array_equal(drawn[0], node[group]["observations"].values[0][:, seen])
 
 
-def test_complete_data_keep_their_dimensions():
-    recs = pm.simulate.limit_cycles([2.0], num_trials=4, num_steps=6, num_neurons=3)
-    model = linear_gaussian(recs)
-    tree = pm.posterior(as_fit(model, pm.guides.ExactSmoother(model)), recs, num_samples=3, predictive=True)
-    data = pm.to_arviz(tree, "w=2")
-    assert data["observed_data"]["observations"].dims == ("trial", "time", "neuron")
-    assert data["posterior_predictive"]["observations"].dims == ("chain", "draw", "trial", "time", "neuron")
+def test_complete_data_are_plotted_too(az, old):
+    """They have one dimension as well: plots of counts on 1.x take no more."""
+    recs = pm.simulate.limit_cycles([2.0], num_trials=4, num_steps=6, num_neurons=3, noise="poisson")
+    sizes = {"latent_dim": 2, "embedding_dim": 1, "hidden_dim": 8}
+    model = pm.models.MetaSSM(recs, **sizes, likelihood=pm.likelihoods.Poisson)
+    fit = pm.fit(
+        model, pm.guides.DKF(model, hidden_dim=4), recs, num_steps=2, warm_start=False, progress=False
+    )
+    data = pm.to_arviz(pm.posterior(fit, recs, num_samples=20, predictive=True), "w=2")
+    assert data["posterior_predictive"]["observations"].shape == (1, 20, 4 * 6 * 3)
+    if old:
+        az.plot_bpv(data, kind="u_value")
+    else:
+        az.plot_ppc_pit(data)
+        az.plot_ppc_rootogram(data)
+    assert len(plt.get_fignums()) == 2 - old
 
 
 def test_posterior_and_prior_predictive_checks(az, old, tree):
