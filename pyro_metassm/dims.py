@@ -15,7 +15,8 @@ def named(*dims: str) -> dict[str, tuple[str, ...]]:
 
 def alone(model) -> pyro.poutine.Trace:
     """The trace of a model by itself (a replay forgets ``infer``), on a batch in which nothing was observed."""
-    with torch.no_grad(), torch.random.fork_rng(devices=[]):
+    device = next(model.parameters()).device
+    with torch.no_grad(), torch.random.fork_rng([device] if device.type == "cuda" else []):
         return pyro.poutine.trace(model).get_trace(_empty(model))
 
 
