@@ -13,14 +13,14 @@ def named(*dims: str) -> dict[str, tuple[str, ...]]:
     return {"event_dims": dims}
 
 
-def alone(model) -> pyro.poutine.Trace:
-    """The trace of a model by itself (a replay forgets ``infer``), on a batch in which nothing was observed."""
+def alone(model, batch: Batch | None = None) -> pyro.poutine.Trace:
+    """The trace of a model by itself (a replay forgets ``infer``); without a batch, on one without observations."""
     device = next(model.parameters()).device
     with torch.no_grad(), torch.random.fork_rng([device] if device.type == "cuda" else []):
-        return pyro.poutine.trace(model).get_trace(_empty(model))
+        return pyro.poutine.trace(model).get_trace(_empty(model) if batch is None else batch)
 
 
-def dims(model) -> dict[str, tuple[str, ...]]:
+def dims(model, batch: Batch | None = None) -> dict[str, tuple[str, ...]]:
     """Of every site, the names of its dimensions: its plates from the outermost on, then those of its event.
 
     A site names the dimensions of its event with :func:`named`; where it does not, they are called ``SITE_dim_0``,
@@ -32,7 +32,7 @@ def dims(model) -> dict[str, tuple[str, ...]]:
         >>> dims(pm.models.MetaSSM(recs, latent_dim=2, embedding_dim=1))["latents"]
         ('recording', 'trial', 'time', 'latent_dim')
     """
-    return {name: _of(name, site) for name, site in alone(model).nodes.items() if is_random(site)}
+    return {name: _of(name, site) for name, site in alone(model, batch).nodes.items() if is_random(site)}
 
 
 def event_dims(name: str, site: dict) -> tuple[str, ...]:

@@ -94,7 +94,7 @@ def posterior(
         for name, r in recs.items()
     }
     keeping.refuse_too_much(stores.values(), max_gib)
-    of, embeddings, children = dims(fit.model), {}, {}
+    of, embeddings, children = _dims(fit.model, recs), {}, {}
     for name, recording in recs.items():
         kept = stores.pop(name)
         embedding = np.empty((num_samples, fit.model.embedding_dim), np.float32)
@@ -176,7 +176,7 @@ def forecast(
         for name, r in recs.items()
     }
     keeping.refuse_too_much(stores.values(), max_gib)
-    of, embeddings, children = dims(fit.model), {}, {}
+    of, embeddings, children = _dims(fit.model, recs), {}, {}
     names = ("latents", "rates", "observations") if predictive else ("latents", "rates")
     for name, recording in recs.items():
         kept, chosen = stores.pop(name), rows[name]
@@ -223,7 +223,7 @@ def prior_predictive(
         for name, r in recs.items()
     }
     keeping.refuse_too_much(stores.values(), max_gib, keep_helps=False)
-    of, embeddings, children = dims(model), {}, {}
+    of, embeddings, children = _dims(model, recs), {}, {}
     parameter = next(model.parameters())
     for name, recording in recs.items():
         kept = stores.pop(name)
@@ -264,6 +264,15 @@ def _store(keep: Sequence[str] | None, num_samples: int, chunk_size: int | None)
 def _sizes(model: MetaSSM, num_neurons: int, *, observations: bool) -> dict[str, int]:
     sizes = {"latents": model.latent_dim, "rates": num_neurons}
     return sizes | ({"observations": num_neurons} if observations else {})
+
+
+def _dims(model: MetaSSM, recs: Recordings) -> dict[str, tuple[str, ...]]:
+    """Dimensions of the model's sites, on one trial (a model may need its inputs)."""
+    name, like = recs.names[0], next(model.parameters())
+    return dims(
+        model,
+        recs.batch(model.names, names=[name], trials={name: [0]}, dtype=like.dtype, device=like.device),
+    )
 
 
 def _groups(

@@ -69,6 +69,19 @@ def test_dimensions_are_those_that_the_model_says(recs, fit):
     assert own["shift"] == ("session", "shift_dim_0", "shift_dim_1") and own["latents"][-1] == "latent_dim"
 
 
+def test_dimensions_of_a_model_that_needs_its_inputs():
+    class Driven(pm.models.MetaSSM):
+        def path_prior(self, e, batch):
+            assert batch.inputs.shape[-1] == 2
+            return super().path_prior(e, batch)
+
+    recs = Recordings([Recording("a", np.ones((2, 4, 3)), bin_width=0.02, inputs=np.ones((2, 4, 2)))])
+    with pytest.warns(UserWarning, match="has inputs"):
+        model = Driven(recs, latent_dim=2, embedding_dim=1, hidden_dim=4)
+    tree = pm.prior_predictive(model, recs, num_samples=2)
+    assert tree["a/prior/latents"].dims == ("chain", "draw", "trial", "time", "latent_dim")
+
+
 def test_coordinates_are_named(recs, fit):
     posterior, prior, ahead = parts(fit, recs)
     for tree, group in ((posterior, "posterior"), (prior, "prior"), (ahead, "posterior")):
