@@ -36,7 +36,7 @@ define install
 @echo "installing into $(1), as constraints.txt says"
 @$(1)/bin/python -m pip install --quiet --constraint constraints.txt setuptools
 @$(1)/bin/python -m pip install --quiet --constraint constraints.txt --no-build-isolation \
-    --editable ".[dev,notebooks,nwb]"
+    --editable ".[dev,notebooks,nwb,zarr]"
 @touch $(1)/.installed
 endef
 

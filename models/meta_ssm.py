@@ -13,6 +13,7 @@ from pyro.distributions import TorchDistribution
 from torch import Tensor, nn
 
 from pyro_metassm.describing import describe
+from pyro_metassm.dims import named
 from pyro_metassm.distributions import MarkovPath
 from pyro_metassm.dynamics import LowRankMLP
 from pyro_metassm.global_sites import Program
@@ -187,12 +188,15 @@ class MetaSSM(Program):
         """Eq. 8-11 for all recordings of a batch at once; returns the predictor ``(..., R, K, T, neuron)``."""
         self.global_sites()
         with self.recording_plate(batch):
-            e = pyro.sample("embedding", self.embedding_prior_of(batch.recording))
+            e = pyro.sample(
+                "embedding", self.embedding_prior_of(batch.recording), infer=named("embedding_dim")
+            )
             with self.trial_plate(batch), pyro.poutine.scale(scale=batch.trial_scale):
-                z = pyro.sample("latents", self.path_prior(e, batch))
+                z = pyro.sample("latents", self.path_prior(e, batch), infer=named("time", "latent_dim"))
                 predictor = self.read_out(z, batch.recording, batch.width)
                 y = self.likelihood(predictor, batch.recording)
-                pyro.sample("observations", observed(y, batch.mask), obs=batch.observations)
+                seen = observed(y, batch.mask)
+                pyro.sample("observations", seen, obs=batch.observations, infer=named("time", "neuron"))
         return predictor
 
     def path_prior(self, e: Tensor, batch: Batch) -> MarkovPath:

@@ -10,6 +10,9 @@ from pyro_metassm import transitions as transitions
 from pyro_metassm.adaptation import adapt as adapt
 from pyro_metassm.calibrating import calibration as calibration
 from pyro_metassm.comparing import compare as compare
+from pyro_metassm.for_arviz import to_arviz as to_arviz
+from pyro_metassm.joining import join as join
+from pyro_metassm.leaving_future_out import leave_future_out as leave_future_out
 from pyro_metassm.posterior import forecast as forecast
 from pyro_metassm.posterior import posterior as posterior
 from pyro_metassm.posterior import prior_predictive as prior_predictive
@@ -22,7 +25,6 @@ from pyro_metassm.result import Fit as Fit
 from pyro_metassm.saving import load as load
 from pyro_metassm.training import NonFiniteLossError as NonFiniteLossError
 from pyro_metassm.training import fit as fit
-from pyro_metassm.trees import to_arviz as to_arviz
 
 __version__ = "0.1.0"
 

@@ -14,15 +14,16 @@ from torch import Tensor
 
 from pyro_metassm import _checks as checks
 from pyro_metassm._scores import spike_information
-from pyro_metassm.global_sites import named
-from pyro_metassm.observations import counted, in_support, observed
-from pyro_metassm.posterior import (
+from pyro_metassm.draws import (
     forecast_chunks,
     forecast_trials,
+    log_weights,
     observation,
     posterior_chunks,
     to_numpy,
 )
+from pyro_metassm.global_sites import named
+from pyro_metassm.observations import counted, in_support
 from pyro_metassm.recordings import Recording, Recordings
 from pyro_metassm.result import Fit
 
@@ -95,7 +96,7 @@ def compare(
     parts = {
         name: {
             each: posterior_scores(fit, test, each, num_samples, seed, spiking[each])
-            | _forecasts(fit, test, each, context, horizon, num_samples, seed, spiking[each])
+            | forecast_scores(fit, test, each, context, horizon, num_samples, seed, spiking[each])[1]
             for each in test
         }
         for name, fit in fits.items()
@@ -155,12 +156,10 @@ def posterior_scores(
     spiking = np.zeros(recording.num_neurons, dtype=bool) if spiking is None else spiking
     log_w, rates = np.empty((num_samples, recording.num_trials)), np.zeros(recording.values.shape)
     for chunk in posterior_chunks(fit, test, name, num_samples, seed):
-        y, batch = observation(fit.model, chunk.latents, chunk.batch), chunk.batch
-        terms = observed(y, batch.mask).log_prob(batch.observations)
-        terms = terms + fit.model.path_prior(chunk.embedding, batch).log_prob(chunk.latents)
-        log_w[chunk.draws, chunk.trials] = to_numpy((terms - chunk.path.log_prob(chunk.latents))[:, 0])
+        y = observation(fit.model, chunk.latents, chunk.batch)
+        log_w[chunk.draws, chunk.trials] = to_numpy(log_weights(fit, chunk, y))
         if spiking.any():
-            rates[chunk.trials, : batch.num_bins] += y.mean[:, 0].double().sum(0).cpu().numpy()
+            rates[chunk.trials, : chunk.batch.num_bins] += y.mean[:, 0].double().sum(0).cpu().numpy()
     smoothed, khat = pareto_smoothed(log_w)
     found = {"elbo": log_w.mean(0), "iw": _log_mean(log_w), "psis": _log_mean(smoothed), "khat": khat}
     if spiking.any():
@@ -210,7 +209,7 @@ def _log_mean(log_w: np.ndarray) -> np.ndarray:
     return np.logaddexp.reduce(log_w, 0) - math.log(len(log_w))
 
 
-def _forecasts(
+def forecast_scores(
     fit: Fit,
     test: Recordings,
     name: str,
@@ -218,9 +217,10 @@ def _forecasts(
     horizon: int,
     num_samples: int,
     seed: int,
-    spiking: np.ndarray,
-) -> dict[str, np.ndarray]:
-    """``forecast_log_score``, ``crps`` and ``forecast_bits_per_spike`` of the trials that are long enough."""
+    spiking: np.ndarray | None = None,
+) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    """The trials that have data after ``context``, and of them ``forecast_log_score``, ``crps`` and, of neurons
+    ``spiking (N,)``, ``forecast_bits_per_spike``."""
     recording, rows = test[name], forecast_trials(test, name, context)
     seen = np.full((len(rows), horizon, recording.num_neurons), np.nan)
     inside = recording.observations[rows, context : context + horizon]
@@ -248,10 +248,10 @@ def _forecasts(
         "crps": distance / num_samples - 0.5 * spread / max(sum(pairs.values()), 1),
     }
     result = {key: _mean_of_seen(value, seen)[with_data] for key, value in scores.items()}
-    if spiking.any() and with_data.any():
+    if spiking is not None and spiking.any() and with_data.any():
         mean, seen = mean[with_data][..., spiking], seen[with_data][..., spiking]
         result |= _information("forecast_bits_per_spike", mean / num_samples, seen)
-    return result
+    return np.asarray(rows)[with_data], result
 
 
 def _log_sum(y, truth: Tensor, there: Tensor) -> np.ndarray:

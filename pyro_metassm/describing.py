@@ -4,19 +4,13 @@ from __future__ import annotations
 
 from collections import defaultdict
 
-import pyro
 import torch
 
+from pyro_metassm import dims
 from pyro_metassm.distributions import MarkovPath
 from pyro_metassm.rebuilding import tables_of
-from pyro_metassm.recordings import Batch
 from pyro_metassm.sites import family
 
-EVENTS = {
-    "embedding": ("embedding_dim",),
-    "latents": ("time", "latent_dim"),
-    "observations": ("time", "neuron"),
-}
 OWNERS = {"recording": "each recording", "neuron": "each neuron", "": "all together"}
 
 
@@ -33,15 +27,14 @@ def describe(model) -> str:
 
 def _sites(model) -> list[tuple[str, ...]]:
     rows: list[tuple[str, ...]] = [("site", "distribution", "in plates", "event")]
-    with torch.no_grad(), torch.random.fork_rng(devices=[]):
-        trace = pyro.poutine.trace(model).get_trace(_empty(model))
-    for name, site in trace.nodes.items():
-        if site["type"] != "sample" or type(site["fn"]).__name__ == "_Subsample":
+    for name, site in dims.alone(model).nodes.items():
+        if not dims.is_random(site):
             continue
         plates = ", ".join(frame.name for frame in site["cond_indep_stack"]) or "none"
         observed = " (observed)" * site["is_observed"]
-        known = (EVENTS | model.dims).get(name, ())
-        rows.append((name, family(site["fn"]) + observed, plates, _event(known, site["fn"].event_shape)))
+        rows.append(
+            (name, family(site["fn"]) + observed, plates, _event(name, site, model.dims.get(name, ())))
+        )
         if isinstance(path := site["fn"], MarkovPath):
             with torch.no_grad():
                 following = path.into(slice(1, None), site["value"][..., :-1, :])
@@ -49,11 +42,13 @@ def _sites(model) -> list[tuple[str, ...]]:
     return rows
 
 
-def _event(known: tuple[str, ...], shape: torch.Size) -> str:
-    if not shape or len(known) != len(shape):
+def _event(name: str, site: dict, known: tuple[str, ...]) -> str:
+    shape = site["fn"].event_shape
+    keys = dims.event_dims(name, site) if "event_dims" in site["infer"] else known
+    if not shape or len(keys) != len(shape):
         return ", ".join(map(str, shape)) or "a number"
     told = ("time", "neuron")  # their sizes are the batch's
-    return ", ".join(key if key in told else f"{key} {size}" for key, size in zip(known, shape, strict=True))
+    return ", ".join(key if key in told else f"{key} {size}" for key, size in zip(keys, shape, strict=True))
 
 
 def _parameters(model) -> list[tuple[str, ...]]:
@@ -77,28 +72,3 @@ def _columns(rows: list[tuple[str, ...]]) -> list[str]:
     return [
         "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
     ]
-
-
-def _empty(model) -> Batch:
-    """One trial of two bins of every recording, in which nothing was observed."""
-    neurons, like = model.neurons, next(model.parameters())
-    num, most = len(neurons.names), max(neurons.num_neurons)
-    shape, device = (num, 1, 2, most), like.device
-    return Batch(
-        names=neurons.names,
-        recording=torch.arange(num, device=device),
-        observations=torch.zeros(shape, dtype=like.dtype, device=device),
-        mask=torch.zeros(shape, dtype=torch.bool, device=device),
-        time_mask=torch.ones(shape[:3], dtype=torch.bool, device=device),
-        held_in=torch.ones(num, most, dtype=torch.bool, device=device),
-        num_neurons=neurons.num_neurons,
-        trial_scale=torch.ones(num, 1, dtype=like.dtype, device=device),
-        inputs=_no_inputs(model, shape, like),
-        num_recordings=num,
-    )
-
-
-def _no_inputs(model, shape: tuple[int, ...], like: torch.Tensor) -> torch.Tensor | None:
-    """Zeros, for a transition that reads inputs; how many a model is for is in its configuration."""
-    number = model.config.get("input_dim") if model.reads_inputs else None
-    return None if number is None else like.new_zeros(*shape[:3], number)

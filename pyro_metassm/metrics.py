@@ -18,8 +18,8 @@ import xarray as xr
 
 from pyro_metassm import _checks as checks
 from pyro_metassm._scores import bits_per_spike, explained, psth_r2, r2, velocity_r2
+from pyro_metassm.draws import Chunk, forecast_chunks, forecast_trials, observation, posterior_chunks
 from pyro_metassm.observations import counted
-from pyro_metassm.posterior import Chunk, forecast_chunks, forecast_trials, observation, posterior_chunks
 from pyro_metassm.recordings import Recording, Recordings
 from pyro_metassm.result import Fit
 

@@ -2,41 +2,39 @@
 
 from __future__ import annotations
 
-import dataclasses
 import warnings
-import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 
 import numpy as np
 import pyro
 import torch
 import xarray as xr
 from pyro import poutine
-from pyro.distributions import TorchDistribution
-from torch import Tensor
 
 from pyro_metassm import _checks as checks
-from pyro_metassm import trees
-from pyro_metassm.global_sites import named, prior_draws
+from pyro_metassm import draws as drawing
+from pyro_metassm import keeping, trees
+from pyro_metassm.dims import dims
+from pyro_metassm.draws import (
+    chunk_sizes,
+    forecast_chunks,
+    forecast_trials,
+    global_draws,
+    log_weights,
+    observation,
+    of_draws,
+    posterior_chunks,
+    seeded,
+    to_numpy,
+)
+from pyro_metassm.global_sites import prior_draws
 from pyro_metassm.models.meta_ssm import MetaSSM
 from pyro_metassm.observations import observed
-from pyro_metassm.recordings import Batch, Recording, Recordings
-from pyro_metassm.result import Fit, recording_statistics
+from pyro_metassm.recordings import Recordings
+from pyro_metassm.result import Fit
 
-ELEMENTS = 8_000_000  # numbers a chunk of draws: about 32 MiB a tensor, some ten tensors at a time
-NETWORK_WIDTH = 1024  # numbers per draw and bin that the networks hold while they run
-
-
-@dataclasses.dataclass(frozen=True)
-class Chunk:
-    """Some draws of some trials of one recording."""
-
-    draws: slice
-    trials: np.ndarray
-    batch: Batch
-    embedding: Tensor  # (S, 1, 1, embedding_dim)
-    latents: Tensor  # (S, 1, K, T, latent_dim); the hooks see the global sites of the same draws
-    path: TorchDistribution  # of the guide, that these latents were drawn from (up to the context)
+MAX_GIB = 4.0  # of what is kept of draws, unless more is asked for
 
 
 def posterior(
@@ -46,7 +44,9 @@ def posterior(
     num_samples: int = 100,
     predictive: bool = False,
     log_likelihood: bool = False,
+    keep: Sequence[str] | None = None,
     chunk_size: int | None = None,
+    max_gib: float = MAX_GIB,
     seed: int = 0,
 ) -> xr.DataTree:
     """Draws of the embeddings, latents and rates of recordings that the fit knows.
@@ -59,8 +59,16 @@ def posterior(
         recs: trials of them: those of the training, or others.
         num_samples: draws.
         predictive: also draw observations (``posterior_predictive``).
-        log_likelihood: also the log likelihood of every trial (``log_likelihood``, nats).
+        log_likelihood: also two log likelihoods of every trial (``log_likelihood``, nats), for leave-one-*trial*-out:
+            bins are not exchangeable. ``observations`` is ``log p(y_k | z_k)``, given the latents; ``trials`` is
+            ``log p(y_k | z_k) p(z_k | e) / q(z_k | y_k, e)``, an estimate of ``log p(y_k | e)`` from one draw, exact
+            where the guide is. A trial's latents go with the trial, so this is what to leave trials out with.
+        keep: None keeps the draws; any of ``("mean", "sd", "quantiles")`` keeps these statistics over the draws in
+            their place, in the groups ``posterior_statistics`` and ``posterior_predictive_statistics``: ``rates_mean``,
+            ``rates_sd`` and ``rates_quantiles``, with the dimension ``quantile`` (0.05, 0.25, 0.5, 0.75, 0.95), and so
+            on. Embedding and log likelihoods are small and stay draws.
         chunk_size: trials worked on at a time; None chooses for a few hundred MiB.
+        max_gib: what may be kept, in GiB; the work takes a few hundred MiB beside it.
         seed: of the draws.
 
     Returns:
@@ -68,9 +76,11 @@ def posterior(
         ``model.dims`` where these name their dimensions), ``sample_stats`` (the fit's history), and a child for every
         recording with ``posterior`` (``latents``, ``rates``: expected observation per bin), ``observed_data``,
         ``constant_data`` and what was asked for. float32, bins that a trial lacks are NaN.
+        ``attrs["subject"]`` of the recordings is a coordinate along ``recording``, their conditions along ``trial``.
 
     Raises:
-        ValueError: a recording that the fit does not know, ``num_samples < 1``.
+        ValueError: a recording that the fit does not know, ``num_samples < 1``; more than ``max_gib``, before anything
+            is allocated, with what to ask for instead.
 
     Example:
         >>> import pyro_metassm as pm
@@ -81,36 +91,42 @@ def posterior(
         >>> tree["posterior"]["embedding"].dims
         ('chain', 'draw', 'recording', 'embedding_dim')
     """
-    checks.integers(num_samples=num_samples)
-    embeddings, children = {}, {}
+    store = _store(keep, num_samples, chunk_size)
+    stores = {
+        name: store(
+            (r.num_trials, r.num_bins), r.num_bins, _sizes(fit.model, r.num_neurons, observations=predictive)
+        )
+        for name, r in recs.items()
+    }
+    keeping.refuse_too_much(stores.values(), max_gib)
+    of, embeddings, children = _dims(fit.model, recs), {}, {}
     for name, recording in recs.items():
-        shape = (num_samples, recording.num_trials, recording.num_bins)
-        latents = np.full((*shape, fit.model.latent_dim), np.nan, np.float32)
-        rates = np.full((*shape, recording.num_neurons), np.nan, np.float32)
-        drawn = np.full_like(rates, np.nan) if predictive else None
-        per_trial = np.empty((num_samples, recording.num_trials), np.float32) if log_likelihood else None
+        kept = stores.pop(name)
         embedding = np.empty((num_samples, fit.model.embedding_dim), np.float32)
+        names = ("observations", "trials") if log_likelihood else ()
+        per_trial = {key: np.empty((num_samples, recording.num_trials), np.float32) for key in names}
         for chunk in posterior_chunks(fit, recs, name, num_samples, seed, chunk_size):
-            y = observation(fit.model, chunk.latents, chunk.batch)
-            bins = chunk.batch.time_mask[0].cpu().numpy()
-            where = (chunk.draws, chunk.trials, slice(bins.shape[1]))
+            y, where = observation(fit.model, chunk.latents, chunk.batch), (chunk.draws, chunk.trials)
             embedding[chunk.draws] = to_numpy(chunk.embedding[:, 0, 0])
-            latents[where] = np.where(bins[..., None], to_numpy(chunk.latents[:, 0]), np.nan)
-            rates[where] = np.where(bins[..., None], to_numpy(y.mean[:, 0]), np.nan)
-            if drawn is not None:
-                drawn[where] = np.where(bins[..., None], to_numpy(y.sample()[:, 0]), np.nan)
-            if per_trial is not None:
+            values = {"latents": chunk.latents, "rates": y.mean}
+            if predictive:
+                values["observations"] = y.sample()
+            exists = chunk.batch.time_mask[0].cpu().numpy()
+            kept.put(*where, {key: to_numpy(value[:, 0]) for key, value in values.items()}, exists)
+            if log_likelihood:
                 density = observed(y, chunk.batch.mask).log_prob(chunk.batch.observations)
-                per_trial[chunk.draws, chunk.trials] = to_numpy(density[:, 0])
+                per_trial["observations"][where] = to_numpy(density[:, 0])
+                per_trial["trials"][where] = to_numpy(log_weights(fit, chunk, y))
         embeddings[name] = embedding
-        groups: dict[str, dict[str, np.ndarray]] = {"posterior": {"latents": latents, "rates": rates}}
-        if drawn is not None:
-            groups["posterior_predictive"] = {"observations": drawn}
-        if per_trial is not None:
-            groups["log_likelihood"] = {"observations": per_trial}
+        groups = _groups(kept, keep, "posterior", ("latents", "rates"), of)
+        if predictive:
+            groups |= _groups(kept, keep, "posterior_predictive", ("observations",), of)
+        if log_likelihood:
+            trial = (*trees.DRAWS, "trial")
+            groups["log_likelihood"] = {key: (trial, value[None]) for key, value in per_trial.items()}
         children[name] = trees.recording_groups(recording, groups, recs.truth.get(name))
-    shared = trees.of_globals(fit.model, _global_draws(fit, num_samples, seed))
-    return trees.tree(embeddings, children, fit.history, {"seed": seed}, shared)
+    shared = trees.of_globals(fit.model, global_draws(fit, num_samples, seed))
+    return trees.tree(embeddings, children, fit.history, {"seed": seed}, shared, recs=recs)
 
 
 def forecast(
@@ -121,7 +137,9 @@ def forecast(
     horizon: int,
     num_samples: int = 100,
     predictive: bool = False,
+    keep: Sequence[str] | None = None,
     chunk_size: int | None = None,
+    max_gib: float = MAX_GIB,
     seed: int = 0,
 ) -> xr.DataTree:
     """Draws of what comes after the first ``context`` bins of every trial.
@@ -138,7 +156,9 @@ def forecast(
         horizon: bins forecast, at least 1; they may lie behind the end of the data.
         num_samples: draws.
         predictive: also draw observations.
+        keep: statistics to keep in place of the draws, as of :func:`posterior`: in ``predictions_statistics``.
         chunk_size: trials worked on at a time; None chooses.
+        max_gib: what may be kept, in GiB.
         seed: of the draws.
 
     Returns:
@@ -146,46 +166,55 @@ def forecast(
         the forecast bins in place of ``posterior``, and ``observed_data`` there (NaN where there is none).
 
     Raises:
-        ValueError: an unknown recording, ``context`` or ``horizon`` below 1, no trial as long as ``context``.
+        ValueError: an unknown recording, ``context`` or ``horizon`` below 1, no trial as long as ``context``;
+            more than ``max_gib``.
     """
-    checks.integers(context=context, horizon=horizon, num_samples=num_samples)
-    embeddings, children = {}, {}
-    for name, recording in recs.items():
-        rows = forecast_trials(recs, name, context)
-        ended = int((recording.lengths[rows] < context + horizon).sum())
+    checks.integers(context=context, horizon=horizon)
+    store = _store(keep, num_samples, chunk_size)
+    rows: dict[str, list[int]] = {}
+    for name in recs:  # no comprehension: its warning is to point at the caller
+        rows[name] = forecast_trials(recs, name, context)
+        ended = int((recs[name].lengths[rows[name]] < context + horizon).sum())
         if fit.model.reads_inputs and ended:
             warnings.warn(
-                f"recording {name!r}: the inputs of {ended} of {len(rows)} trials end before bin {context + horizon}, "
-                "to which they are forecast; they count as zero from there on",
+                f"recording {name!r}: the inputs of {ended} of {len(rows[name])} trials end before bin "
+                f"{context + horizon}, to which they are forecast; they count as zero from there on",
                 stacklevel=2,
             )
-        shape = (num_samples, len(rows), horizon)
-        embedding = np.empty((num_samples, fit.model.embedding_dim), np.float32)
-        values = {"latents": np.empty((*shape, fit.model.latent_dim), np.float32)}
-        values["rates"] = np.empty((*shape, recording.num_neurons), np.float32)
-        if predictive:
-            values["observations"] = np.empty_like(values["rates"])
-        position = {trial: row for row, trial in enumerate(rows)}
-        for chunk in forecast_chunks(fit, recs, name, rows, context, horizon, num_samples, seed, chunk_size):
-            y = observation(fit.model, chunk.latents, chunk.batch)
-            where = (chunk.draws, [position[t] for t in chunk.trials])
-            embedding[chunk.draws] = to_numpy(chunk.embedding[:, 0, 0])
-            values["latents"][where] = to_numpy(chunk.latents[:, 0])
-            values["rates"][where] = to_numpy(y.mean[:, 0])
-            if predictive:
-                values["observations"][where] = to_numpy(y.sample()[:, 0])
-        embeddings[name] = embedding
-        window = slice(context, context + horizon)
-        children[name] = trees.recording_groups(
-            recording, {"predictions": values}, recs.truth.get(name), rows, window
+    stores = {
+        name: store(
+            (len(rows[name]), horizon),
+            context + horizon,
+            _sizes(fit.model, r.num_neurons, observations=predictive),
         )
-    shared = trees.of_globals(fit.model, _global_draws(fit, num_samples, seed))
+        for name, r in recs.items()
+    }
+    keeping.refuse_too_much(stores.values(), max_gib)
+    of, embeddings, children = _dims(fit.model, recs), {}, {}
+    names = ("latents", "rates", "observations") if predictive else ("latents", "rates")
+    for name, recording in recs.items():
+        kept, chosen = stores.pop(name), rows[name]
+        embedding = np.empty((num_samples, fit.model.embedding_dim), np.float32)
+        for chunk in forecast_chunks(
+            fit, recs, name, chosen, context, horizon, num_samples, seed, chunk_size
+        ):
+            y = observation(fit.model, chunk.latents, chunk.batch)
+            embedding[chunk.draws] = to_numpy(chunk.embedding[:, 0, 0])
+            values = {"latents": chunk.latents, "rates": y.mean}
+            if predictive:
+                values["observations"] = y.sample()
+            places = np.searchsorted(chosen, chunk.trials)
+            kept.put(chunk.draws, places, {key: to_numpy(value[:, 0]) for key, value in values.items()}, None)
+        embeddings[name] = embedding
+        groups, window = _groups(kept, keep, "predictions", names, of), slice(context, context + horizon)
+        children[name] = trees.recording_groups(recording, groups, recs.truth.get(name), chosen, window)
     attrs = {"seed": seed, "context": context, "horizon": horizon}
-    return trees.tree(embeddings, children, fit.history, attrs, shared)
+    shared = trees.of_globals(fit.model, global_draws(fit, num_samples, seed))
+    return trees.tree(embeddings, children, fit.history, attrs, shared, recs=recs)
 
 
 def prior_predictive(
-    model: MetaSSM, recs: Recordings, *, num_samples: int = 100, seed: int = 0
+    model: MetaSSM, recs: Recordings, *, num_samples: int = 100, max_gib: float = MAX_GIB, seed: int = 0
 ) -> xr.DataTree:
     """Draws of the model before it has seen data, in the shape of the recordings given.
 
@@ -193,177 +222,86 @@ def prior_predictive(
         model: a model (or ``fit.model``: then of the trained parameters with embeddings from their prior).
         recs: recordings of the model, for the numbers of trials, bins and neurons.
         num_samples: draws.
+        max_gib: what may be kept, in GiB.
         seed: of the draws.
 
     Returns:
         a tree with ``prior`` (``embedding``) and, for every recording, ``prior`` (``latents``, ``rates``) and
         ``prior_predictive`` (``observations``); bins that a trial lacks are NaN.
-    """
-    checks.integers(num_samples=num_samples)
-    embeddings, children = {}, {}
-    parameter = next(model.parameters())
-    with _seeded(seed, "", parameter.device):
-        shared = prior_draws(model, num_samples)
-    for name, recording in recs.items():
-        shape = (num_samples, recording.num_trials, recording.num_bins)
-        latents = np.full((*shape, model.latent_dim), np.nan, np.float32)
-        rates, drawn = (np.full((*shape, recording.num_neurons), np.nan, np.float32) for _ in range(2))
-        embedding = np.empty((num_samples, model.embedding_dim), np.float32)
-        batch = recs.batch(model.names, names=[name], dtype=parameter.dtype, device=parameter.device)
-        bins = batch.time_mask[0].cpu().numpy()[..., None]  # maybe fewer than the recording's arrays have
-        size = max(1, ELEMENTS // (batch.observations.numel() + NETWORK_WIDTH * batch.time_mask.numel()))
-        with _seeded(seed, name, parameter.device), torch.no_grad():
-            for first in range(0, num_samples, size):
-                draws = slice(first, min(first + size, num_samples))
-                with model.given(_of(shared, draws)):
-                    with pyro.plate("draw", draws.stop - draws.start, dim=-3):
-                        sites = poutine.trace(poutine.uncondition(model)).get_trace(batch).nodes
-                    y = observation(model, sites["latents"]["value"], batch)
-                embedding[draws] = to_numpy(sites["embedding"]["value"][:, 0, 0])
-                values = (sites["latents"]["value"], y.mean, sites["observations"]["value"])
-                for target, value in zip((latents, rates, drawn), values, strict=True):
-                    target[draws, :, : bins.shape[1]] = np.where(bins, to_numpy(value[:, 0]), np.nan)
-        embeddings[name] = embedding
-        groups = {"prior": {"latents": latents, "rates": rates}, "prior_predictive": {"observations": drawn}}
-        children[name] = trees.recording_groups(recording, groups, recs.truth.get(name))
-    groups_of_all = trees.of_globals(model, shared)
-    return trees.tree(embeddings, children, None, {"seed": seed}, groups_of_all, group="prior")
-
-
-def posterior_chunks(
-    fit: Fit,
-    recs: Recordings,
-    name: str,
-    num_samples: int,
-    seed: int,
-    chunk_size: int | None = None,
-    rows: list[int] | None = None,
-    context: int | None = None,
-) -> Iterator[Chunk]:
-    """Draws of the guide for one recording, some trials and draws at a time; ``context`` cuts the trials there.
-
-    The random state is the same whatever other recordings there are; it is restored when the iterator ends.
-    """
-    recording = recs[name]
-    rows = list(range(recording.num_trials)) if rows is None else rows
-    bins = recording.num_bins if context is None else context
-    per_draw = bins * (recording.num_neurons + NETWORK_WIDTH)
-    many = min(num_samples, max(1, ELEMENTS // per_draw))
-    trials_at_once = max(1, ELEMENTS // (per_draw * many)) if chunk_size is None else chunk_size
-    fit.model.neurons.check([name], [recording.num_neurons])
-    statistics = fit.statistics[[fit.names.index(name)]]
-    if not bool(statistics.isfinite().all()):  # not seen in training: of the trials at hand, all of them
-        statistics = recording_statistics(fit.guide, recs, name, rows, context).unsqueeze(0)
-    shared = _global_draws(fit, num_samples, seed)
-    with _seeded(seed, name, fit.device), torch.no_grad():
-        for first in range(0, num_samples, many):
-            draws, embedding = slice(first, min(first + many, num_samples)), None
-            own = _of(shared, draws)
-            for start in range(0, len(rows), trials_at_once):
-                trials = np.array(rows[start : start + trials_at_once])
-                batch = recs.batch(
-                    fit.names, names=[name], trials={name: trials}, dtype=fit.dtype, device=fit.device
-                )
-                batch = dataclasses.replace(batch, embedding_statistics=statistics)
-                batch = batch if context is None else batch.first_bins(context)
-                # One embedding a draw for all trials: the first chunk draws it, the others are given it.
-                known: dict[str, Tensor] = {} if embedding is None else {"embedding": embedding}
-                with pyro.plate("draw", draws.stop - draws.start, dim=-3):
-                    sites = (
-                        poutine.trace(poutine.condition(fit.guide, data=own | known)).get_trace(batch).nodes
-                    )
-                embedding, latents = sites["embedding"]["value"], sites["latents"]
-                with fit.model.given(own):
-                    yield Chunk(draws, trials, batch, embedding, latents["value"], latents["fn"])
-
-
-def forecast_chunks(
-    fit: Fit,
-    recs: Recordings,
-    name: str,
-    rows: list[int],
-    context: int,
-    horizon: int,
-    num_samples: int,
-    seed: int,
-    chunk_size: int | None = None,
-) -> Iterator[Chunk]:
-    """As :func:`posterior_chunks`, with the latents of the ``horizon`` bins after ``context``."""
-    for chunk in posterior_chunks(fit, recs, name, num_samples, seed, chunk_size, rows, context):
-        prior = fit.model.path_prior(chunk.embedding, _ahead(chunk, recs[name], context, horizon))
-        z, path = chunk.latents[..., -1:, :], []
-        for step in range(horizon):
-            z = prior.into(slice(step, step + 1), z).sample()
-            path.append(z)
-        yield dataclasses.replace(chunk, latents=torch.cat(path, -2))
-
-
-def _ahead(chunk: Chunk, recording: Recording, context: int, horizon: int) -> Batch:
-    """The batch with the inputs of the bins after ``context``; they are zero where a trial has ended."""
-    if chunk.batch.inputs is None or recording.inputs is None:
-        return chunk.batch
-    window = slice(context, context + horizon)
-    known = torch.as_tensor(recording.inputs[chunk.trials, window]).to(chunk.batch.inputs)
-    inputs = known.new_zeros(1, len(known), horizon, known.shape[-1])
-    inputs[0, :, : known.shape[1]] = known
-    return dataclasses.replace(chunk.batch, inputs=inputs)
-
-
-def _global_draws(fit: Fit, num_samples: int, seed: int) -> dict[str, Tensor]:
-    """Draws of the posterior of the global sites, ``(num_samples, 1, 1, *event)``, the same for all recordings."""
-    if not named(fit.model):
-        return {}
-    with _seeded(seed, "", fit.device), torch.no_grad(), pyro.plate("draw", num_samples, dim=-3):
-        return fit.guide.global_sites()
-
-
-def _of(shared: dict[str, Tensor], draws: slice) -> dict[str, Tensor]:
-    return {name: values[draws] for name, values in shared.items()}
-
-
-def forecast_trials(recs: Recordings, name: str, context: int) -> list[int]:
-    """The trials with at least ``context`` bins; a warning counts the others.
 
     Raises:
-        ValueError: if there is none.
+        ValueError: a recording that the model does not know, ``num_samples < 1``, more than ``max_gib``.
     """
-    lengths = recs[name].lengths
-    rows = np.flatnonzero(lengths >= context).tolist()
-    if not rows:
-        raise ValueError(
-            f"recording {name!r}: needed trials of at least context = {context} bins to forecast, the longest has "
-            f"{lengths.max()}; choose a shorter context"
-        )
-    if len(rows) < len(lengths):
-        warnings.warn(
-            f"recording {name!r}: {len(lengths) - len(rows)} of {len(lengths)} trials end before context = {context} "
-            "and are not forecast",
-            stacklevel=3,
-        )
-    return rows
+    store = _store(None, num_samples, None)
+    stores = {
+        name: store((r.num_trials, r.num_bins), r.num_bins, _sizes(model, r.num_neurons, observations=True))
+        for name, r in recs.items()
+    }
+    keeping.refuse_too_much(stores.values(), max_gib, keep_helps=False)
+    of, embeddings, children = _dims(model, recs), {}, {}
+    parameter = next(model.parameters())
+    with seeded(seed, "", parameter.device):
+        shared = prior_draws(model, num_samples)
+    for name, recording in recs.items():
+        kept = stores.pop(name)
+        embedding = np.empty((num_samples, model.embedding_dim), np.float32)
+        batch = recs.batch(model.names, names=[name], dtype=parameter.dtype, device=parameter.device)
+        exists, rows = batch.time_mask[0].cpu().numpy(), np.arange(recording.num_trials)
+        per_draw = batch.observations.numel() + drawing.NETWORK_WIDTH * batch.time_mask.numel()
+        size = max(1, drawing.ELEMENTS // per_draw)
+        with seeded(seed, name, parameter.device), torch.no_grad():
+            for first in range(0, num_samples, size):
+                draws = slice(first, min(first + size, num_samples))
+                with model.given(of_draws(shared, draws)):
+                    with pyro.plate("draw", draws.stop - draws.start, dim=-3):
+                        sites = poutine.trace(poutine.uncondition(model)).get_trace(batch).nodes
+                    values = {key: sites[key]["value"] for key in ("latents", "observations")}
+                    values["rates"] = observation(model, values["latents"], batch).mean
+                embedding[draws] = to_numpy(sites["embedding"]["value"][:, 0, 0])
+                kept.put(draws, rows, {key: to_numpy(value[:, 0]) for key, value in values.items()}, exists)
+        embeddings[name] = embedding
+        groups = _groups(kept, None, "prior", ("latents", "rates"), of)
+        groups |= _groups(kept, None, "prior_predictive", ("observations",), of)
+        children[name] = trees.recording_groups(recording, groups, recs.truth.get(name))
+    of_all = trees.of_globals(model, shared)
+    return trees.tree(embeddings, children, None, {"seed": seed}, of_all, "prior", recs=recs)
 
 
-def observation(model: MetaSSM, latents: Tensor, batch: Batch):
-    """The distribution of every observation given latents ``(S, R, K, T, latent_dim)``."""
-    return model.likelihood(model.read_out(latents, batch.recording, batch.width), batch.recording)
+def _store(keep: Sequence[str] | None, num_samples: int, chunk_size: int | None):
+    """Makes the store of a recording from its trials and bins, the bins that a chunk works on, and the sizes."""
+    checks.integers(num_samples=num_samples)
+    keeping.check(keep, num_samples)
+    kind = keeping.AllDraws if keep is None else partial(keeping.Statistics, keep=tuple(keep))
+
+    def store(shape: tuple[int, int], num_bins: int, sizes: Mapping[str, int]) -> keeping.Store:
+        _, trials_at_once = chunk_sizes(sizes["rates"], num_bins, num_samples, chunk_size)
+        return kind(num_samples, shape, sizes, trials_at_once)
+
+    return store
 
 
-def to_numpy(x: Tensor) -> np.ndarray:
-    return x.detach().to("cpu", torch.float32).numpy()
+def _sizes(model: MetaSSM, num_neurons: int, *, observations: bool) -> dict[str, int]:
+    sizes = {"latents": model.latent_dim, "rates": num_neurons}
+    return sizes | ({"observations": num_neurons} if observations else {})
 
 
-def _seeded(seed: int, name: str, device: torch.device):
-    """A random state of this seed and recording, for a while."""
-    return _Seeded(seed ^ zlib.crc32(name.encode()), device)
+def _dims(model: MetaSSM, recs: Recordings) -> dict[str, tuple[str, ...]]:
+    """Dimensions of the model's sites, on one trial (a model may need its inputs)."""
+    name, like = recs.names[0], next(model.parameters())
+    return dims(
+        model,
+        recs.batch(model.names, names=[name], trials={name: [0]}, dtype=like.dtype, device=like.device),
+    )
 
 
-class _Seeded:
-    def __init__(self, seed: int, device: torch.device):
-        self.seed, self.fork = seed, torch.random.fork_rng([device] if device.type == "cuda" else [])
-
-    def __enter__(self):
-        self.fork.__enter__()
-        torch.manual_seed(self.seed)
-
-    def __exit__(self, *error):
-        return self.fork.__exit__(*error)
+def _groups(
+    kept: keeping.Store,
+    keep: Sequence[str] | None,
+    group: str,
+    names: Iterable[str],
+    of: Mapping[str, tuple[str, ...]],
+) -> dict[str, keeping.Variables]:
+    """A group of draws, or of statistics, with the dimensions that the model's sites have within a recording."""
+    named = {name: tuple(d for d in of[name] if d != "recording") for name in ("latents", "observations")}
+    named["rates"] = named["observations"]  # their means
+    return {group if keep is None else f"{group}_statistics": kept.variables(names, named)}

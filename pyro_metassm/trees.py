@@ -10,13 +10,11 @@ import torch
 import xarray as xr
 from torch import Tensor
 
-from pyro_metassm.recordings import Recording
+from pyro_metassm.keeping import QUANTILES, Variables
+from pyro_metassm.recordings import Recording, Recordings
 
-DIMS = {
-    "latents": ("trial", "time", "latent_dim"),
-    "rates": ("trial", "time", "neuron"),
-    "observations": ("trial", "time", "neuron"),
-}
+DRAWS = ("chain", "draw")
+SEEN = ("trial", "time", "neuron")
 
 
 def tree(
@@ -26,6 +24,8 @@ def tree(
     attrs: Mapping,
     shared: Mapping[str, xr.DataArray],
     group: str = "posterior",
+    *,
+    recs: Recordings,
 ) -> xr.DataTree:
     """The tree of all recordings.
 
@@ -36,11 +36,15 @@ def tree(
         attrs: of the tree.
         shared: the other variables of all recordings.
         group: of the embeddings and of what is shared.
+        recs: the recordings, for their subjects.
     """
     values = np.stack(list(embeddings.values()), 1)[None]
-    dims = ("chain", "draw", "recording", "embedding_dim")
+    dims = (*DRAWS, "recording", "embedding_dim")
     coords: dict[str, Any] = {"chain": [0], "draw": np.arange(values.shape[1]), "recording": list(embeddings)}
     coords["embedding_dim"] = np.arange(values.shape[-1])
+    subjects = [str(recs[name].attrs.get("subject", "")) for name in embeddings]
+    if any(subjects):
+        coords["subject"] = ("recording", subjects)
     groups: dict[str, Any] = {group: xr.Dataset({"embedding": (dims, values)}, coords).assign(shared)}
     if history is not None:
         groups["sample_stats"] = history
@@ -84,16 +88,16 @@ def of_globals(model, draws: Mapping[str, Tensor]) -> dict[str, xr.DataArray]:
 
 def recording_groups(
     recording: Recording,
-    groups: Mapping[str, Mapping[str, np.ndarray]],
+    groups: Mapping[str, Variables],
     truth: xr.Dataset | None = None,
     trials: list[int] | None = None,
     window: slice | None = None,
 ) -> dict[str, xr.Dataset]:
-    """The groups of one recording: draws, and the data beside them.
+    """The groups of one recording: draws or statistics of them, and the data beside them.
 
     Args:
         recording: the data.
-        groups: by group, variable to draws ``(draw, trial, ...)``; ``log_likelihood`` is ``(draw, trial)``.
+        groups: by group, its variables.
         truth: of a simulation.
         trials: the recording's trials that the draws are of; None for all.
         window: the bins that the draws are of; it may reach beyond the data.
@@ -101,24 +105,22 @@ def recording_groups(
     rows = np.arange(recording.num_trials) if trials is None else np.asarray(trials)
     window = slice(0, recording.num_bins) if window is None else window
     bins = np.arange(window.start, window.stop)
-    coords = {"trial": rows, "time": bins * recording.bin_width, "neuron": neuron_ids(recording)}
+    coords: dict[str, Any] = {
+        "trial": rows,
+        # Not as "units": xarray would take numbers of seconds for spans of time when it reads them back.
+        "time": ("time", bins * recording.bin_width, {"long_name": "time (s)"}),
+        "neuron": neuron_ids(recording),
+    }
+    known = coords | {"chain": [0], "quantile": list(QUANTILES)}
+    condition = {} if recording.condition is None else {"condition": ("trial", recording.condition[rows])}
     result = {}
     for group, variables in groups.items():
-        data = {}
-        for name, values in variables.items():
-            dims = ("trial",) if group == "log_likelihood" else DIMS[name]
-            data[name] = (("chain", "draw", *dims), values[None])
-        used = {d for dims, _ in data.values() for d in dims}
-        group_coords: dict[str, Any] = {k: v for k, v in coords.items() if k in used}
-        draws = next(iter(variables.values())).shape[0]
-        group_coords |= {"chain": [0], "draw": np.arange(draws)}
-        if "latents" in variables:
-            group_coords["latent_dim"] = np.arange(variables["latents"].shape[-1])
-        result[group] = xr.Dataset(data, group_coords)
-    seen = {
-        "observations": (DIMS["observations"], _window(recording.observations, rows, bins).astype(np.float32))
-    }
-    result["observed_data"] = xr.Dataset(seen, coords)
+        sizes = {d: n for of, values in variables.values() for d, n in zip(of, values.shape, strict=True)}
+        result[group] = xr.Dataset(
+            variables, {d: known.get(d, np.arange(n)) for d, n in sizes.items()} | condition
+        )
+    seen = {"observations": (SEEN, _window(recording.observations, rows, bins).astype(np.float32))}
+    result["observed_data"] = xr.Dataset(seen, coords | condition)
     result["constant_data"] = _constant_data(recording, rows, bins, coords, truth)
     return result
 
@@ -139,7 +141,7 @@ def _window(values: np.ndarray, rows: np.ndarray, bins: np.ndarray) -> np.ndarra
 
 
 def _constant_data(recording, rows, bins, coords, truth) -> xr.Dataset:
-    data: dict[str, Any] = {"mask": (DIMS["observations"], _window(recording.mask, rows, bins))}
+    data: dict[str, Any] = {"mask": (SEEN, _window(recording.mask, rows, bins))}
     data["length"] = (("trial",), recording.lengths[rows])
     data["held_out"] = (("neuron",), recording.held_out_neurons)
     extra: dict[str, Any] = {}
@@ -167,26 +169,3 @@ def _constant_data(recording, rows, bins, coords, truth) -> xr.Dataset:
                 )
             data[f"true_{name}"] = (dims, values)
     return xr.Dataset(data, coords | extra)
-
-
-def to_arviz(tree: xr.DataTree, recording: str | None = None):
-    """What the installed ArviZ reads: `InferenceData` for 0.x, the tree itself for 1.x.
-
-    Args:
-        tree: from :func:`pyro_metassm.posterior`, ``forecast`` or ``prior_predictive``.
-        recording: take this recording's groups; None takes the groups shared by all (the embeddings).
-
-    Raises:
-        ImportError: without ArviZ.
-        KeyError: for a recording that the tree does not hold.
-    """
-    import arviz  # here, not above: nothing else of the library needs it
-
-    if recording is not None:
-        groups = {name: node.to_dataset() for name, node in tree[recording].children.items()}
-    else:
-        groups = {name: node.to_dataset() for name, node in tree.children.items() if not node.children}
-    if arviz.__version__.startswith("0."):
-        groups.pop("sample_stats", None)  # the fit's history has no chain and draw, which 0.x insists on
-        return arviz.InferenceData(**groups)  # type: ignore[arg-type]
-    return xr.DataTree.from_dict(groups)

@@ -43,7 +43,7 @@ def test_the_readme(tmp_path, monkeypatch):
     quick["take_trials(8))"] = "take_trials(8), num_steps=2, num_starts=8, search_steps=6, progress=False)"
     namespace = {"spikes": rng.poisson(0.5, (12, 15, 5))}
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-    assert len(blocks) == 4
+    assert len(blocks) == 5
     for block in blocks:
         for long, short in quick.items():
             block = block.replace(long, short)

@@ -12,19 +12,20 @@ ROOT = Path(__file__).resolve().parents[1]
 LAYERS: tuple[set[str], ...] = (
     {
         "_batch", "_checks", "_machine", "_recording", "_summary",
-        "adaptations", "blocks", "capture", "describing", "distributions", "dynamics", "global_sites", "hooks", "io",
-        "likelihoods", "native", "neurons", "observations", "products", "rebuilding", "recordings", "simulate", "sites",
-        "transitions",
+        "adaptations", "blocks", "capture", "describing", "dims", "distributions", "dynamics", "global_sites", "hooks",
+        "io", "likelihoods", "native", "neurons", "observations", "products", "rebuilding", "recordings", "simulate",
+        "sites", "transitions",
     },
     {"models"},
     {"guides"},
     {
-        "adaptation", "checkpoints", "elbo", "few_shot", "frames", "history", "optimizers", "posterior", "read_outs",
-        "result", "rollouts", "saving", "training", "trees", "warm_start", "windows",
+        "adaptation", "checkpoints", "draws", "elbo", "few_shot", "for_arviz", "frames", "history", "joining",
+        "keeping", "optimizers", "posterior", "read_outs", "result", "rollouts", "saving", "training", "trees",
+        "warm_start", "windows",
     },
     {
         "_calibration_plot", "_embedding_plot", "_flow_plots", "_scores", "analysis", "calibrating", "comparing",
-        "metrics", "plots", "restarts",
+        "leaving_future_out", "metrics", "plots", "restarts",
     },
     {"__main__", "cli", "experiments"},
 )  # fmt: skip

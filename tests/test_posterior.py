@@ -1,7 +1,6 @@
 """Posterior, forecast and prior draws: shapes and names, causality to the bit, reproducibility, files."""
 
 import dataclasses
-import sys
 
 import numpy as np
 import pytest
@@ -11,8 +10,9 @@ import xarray as xr
 from problems import recordings
 
 import pyro_metassm as pm
+from pyro_metassm import draws
+from pyro_metassm.draws import posterior_chunks
 from pyro_metassm.guides.encoders import RecurrentEncoder
-from pyro_metassm.posterior import posterior_chunks
 from pyro_metassm.recordings import Recording, Recordings
 
 QUICK = {"num_steps": 4, "warm_start": False, "progress": False, "trials_per_step": 2}
@@ -281,7 +281,7 @@ def test_one_embedding_a_draw_for_all_trials(recs, fit, chunk_size):
 
 def test_draws_in_chunks_are_all_there(recs, fit, monkeypatch):
     """A tiny memory makes many chunks of draws and trials: every place filled, every draw its own."""
-    monkeypatch.setattr(sys.modules["pyro_metassm.posterior"], "ELEMENTS", 2 * 9 * (5 + 1024))
+    monkeypatch.setattr(draws, "ELEMENTS", 2 * 9 * (5 + 1024))
     sizes = [len(range(9)[c.draws]) * len(c.trials) for c in posterior_chunks(fit, recs, "b", 9, seed=0)]
     assert len(sizes) == 10 and sum(sizes) == 9 * 2
     tree = pm.posterior(fit, recs, num_samples=9, predictive=True, log_likelihood=True)

@@ -24,7 +24,7 @@ from _cases import Case, data, library, recordings
 from _report import write
 
 import pyro_metassm as pm
-from pyro_metassm.posterior import ELEMENTS
+from pyro_metassm.draws import ELEMENTS
 
 BASE = Case((30,) * 4, num_bins=100, trials_per_step=32, num_trials=32)
 # The library works on some ten tensors of a chunk of draws at a time (pyro_metassm/posterior.py).
