@@ -64,6 +64,6 @@ def test_a_likelihood_hook_of_another_event_shape():
     recs = pm.Recordings([pm.Recording("probe", Y, bin_width=0.02)])
     model = Whole(recs, latent_dim=1, embedding_dim=1)
     (found,) = pm.guides.check(model, pm.guides.DKF(model), recs)
-    assert "likelihood: needed a distribution of each neuron or over the neurons, got event shape" in found
+    assert "Whole.likelihood: needed a Distribution with event shape (2,)" in found
     with pytest.raises(ValueError, match="likelihood: needed a distribution of each neuron"):
         pm.fit(model, pm.guides.DKF(model), recs, num_steps=1, progress=False)
