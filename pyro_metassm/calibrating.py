@@ -17,6 +17,7 @@ from tqdm.auto import tqdm
 from pyro_metassm import _checks as checks
 from pyro_metassm._flow_plots import align as align_to_truth
 from pyro_metassm.comparing import posterior_scores
+from pyro_metassm.draws import global_draws
 from pyro_metassm.guides.base import AmortizedGuide
 from pyro_metassm.posterior import posterior
 from pyro_metassm.recordings import Recording, Recordings
@@ -47,7 +48,7 @@ def calibration(
     uniform on ``0 ... L``, and a central interval of level ``p`` holds the truth with probability ``p``. Ranks that
     pile up at both ends: the posterior is too narrow; in the middle: too wide; on one side: biased.
 
-    What is simulated, with the parameters of the fit:
+    What is simulated, with the parameters of the fit (global sites are drawn from its posterior of them, too):
 
     - by default new recordings: an embedding from its prior for each recording and simulation, paths and observations
       from the model; the embedding is inferred from the simulated trials. This is what the theorem is about;
@@ -157,13 +158,14 @@ def simulated(
         ValueError: none that stays finite.
     """
     batch = like.batch(fit.names, dtype=fit.dtype, device=fit.device)
-    known = {}
+    # Not from the seed that the posterior takes for its draws: the truth would be one of them.
+    known = {key: drawn[0, 0, 0] for key, drawn in global_draws(fit, 1, ~seed).items()}
     random = torch.random.fork_rng([fit.device] if fit.device.type == "cuda" else [])
     with random, torch.no_grad(), pyro.validation_enabled(False):  # what is not finite is told below
         torch.manual_seed(seed)
         if not new_recordings:  # every latent site but the paths: what the training data have told of
             given = dataclasses.replace(batch, embedding_statistics=fit.statistics[batch.recording])
-            nodes = poutine.trace(fit.guide).get_trace(given).nodes.items()
+            nodes = poutine.trace(poutine.condition(fit.guide, data=known)).get_trace(given).nodes.items()
             known = {key: of["value"] for key, of in nodes if of["type"] == "sample" and key != "latents"}
             known = {key: value for key, value in known.items() if key not in ("recording", "trial")}
         program = poutine.condition(poutine.uncondition(fit.model), data=known)
