@@ -15,7 +15,7 @@ from pyro import poutine
 from pyro.distributions import TorchDistribution
 from torch import Tensor
 
-from pyro_metassm.global_sites import named
+from pyro_metassm.global_sites import declared
 from pyro_metassm.models.meta_ssm import MetaSSM
 from pyro_metassm.observations import observed
 from pyro_metassm.recordings import Batch, Recording, Recordings
@@ -129,7 +129,7 @@ def _ahead(chunk: Chunk, recording: Recording, context: int, horizon: int) -> Ba
 
 def global_draws(fit: Fit, num_samples: int, seed: int) -> dict[str, Tensor]:
     """Draws of the posterior of the global sites, ``(num_samples, 1, 1, *event)``, the same for all recordings."""
-    if not named(fit.model):
+    if not declared(fit.model):
         return {}
     with seeded(seed, "", fit.device), torch.no_grad(), pyro.plate("draw", num_samples, dim=-3):
         return fit.guide.global_sites()

@@ -302,6 +302,6 @@ def _groups(
     of: Mapping[str, tuple[str, ...]],
 ) -> dict[str, keeping.Variables]:
     """A group of draws, or of statistics, with the dimensions that the model's sites have within a recording."""
-    named = {name: tuple(d for d in of[name] if d != "recording") for name in ("latents", "observations")}
-    named["rates"] = named["observations"]  # their means
-    return {group if keep is None else f"{group}_statistics": kept.variables(names, named)}
+    own = {name: tuple(d for d in of[name] if d != "recording") for name in ("latents", "observations")}
+    own["rates"] = own["observations"]  # their means
+    return {group if keep is None else f"{group}_statistics": kept.variables(names, own)}
