@@ -17,7 +17,7 @@ from tqdm.auto import tqdm
 from pyro_metassm import _checks as checks
 from pyro_metassm._flow_plots import align as align_to_truth
 from pyro_metassm.comparing import posterior_scores
-from pyro_metassm.draws import global_draws
+from pyro_metassm.draws import global_draws, observations_of
 from pyro_metassm.guides.base import AmortizedGuide
 from pyro_metassm.posterior import posterior
 from pyro_metassm.recordings import Recording, Recordings
@@ -168,12 +168,10 @@ def simulated(
             nodes = poutine.trace(poutine.condition(fit.guide, data=known)).get_trace(given).nodes.items()
             known = {key: of["value"] for key, of in nodes if of["type"] == "sample" and key != "latents"}
             known = {key: value for key, value in known.items() if key not in ("recording", "trial")}
-        program = poutine.condition(poutine.uncondition(fit.model), data=known)
-        sites = poutine.trace(program).get_trace(batch).nodes
-        drawn, rates = sites["observations"]["value"], sites["observations"]["fn"].mean
-    e, z, y, mean = (
-        x.cpu().numpy() for x in (sites["embedding"]["value"], sites["latents"]["value"], drawn, rates)
-    )
+        sites = poutine.trace(poutine.condition(fit.model, data=known)).get_trace(batch).nodes
+        with fit.model.given(known):
+            drawn = observations_of(fit.model, sites["latents"]["value"], batch)
+    e, z, y, mean = (x.cpu().numpy() for x in (sites["embedding"]["value"], *drawn))
     recordings, truth = [], {}
     for row, (name, recording) in enumerate(like.items()):
         trials, bins, neurons = recording.values.shape

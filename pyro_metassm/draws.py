@@ -167,6 +167,17 @@ def observation(model: MetaSSM, latents: Tensor, batch: Batch):
     return model.likelihood(model.read_out(latents, batch.recording, batch.width), batch.recording)
 
 
+def observations_of(model: MetaSSM, latents: Tensor, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+    """The latents, draws of observations and their means, NaN where latents have left the finite numbers.
+
+    Far out under a prior with heavy tails dynamics explode, and no family draws from what is not a number.
+    """
+    finite = latents.isfinite().all(-1, keepdim=True)
+    y = observation(model, torch.where(finite, latents, 0.0), batch)
+    drawn, mean = (torch.where(finite, values, torch.nan) for values in (y.sample(), y.mean))
+    return torch.where(finite, latents, torch.nan), drawn, mean
+
+
 def log_weights(fit: Fit, chunk: Chunk, y: TorchDistribution) -> Tensor:
     """``log p(y_k | z_k) p(z_k | e) / q(z_k | y_k, e)`` of every draw and trial ``(S, K)``; ``y`` given the latents.
 

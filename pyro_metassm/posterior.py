@@ -23,6 +23,7 @@ from pyro_metassm.draws import (
     global_draws,
     log_weights,
     observation,
+    observations_of,
     of_draws,
     posterior_chunks,
     seeded,
@@ -227,7 +228,8 @@ def prior_predictive(
 
     Returns:
         a tree with ``prior`` (``embedding``) and, for every recording, ``prior`` (``latents``, ``rates``) and
-        ``prior_predictive`` (``observations``); bins that a trial lacks are NaN.
+        ``prior_predictive`` (``observations``); bins that a trial lacks are NaN, and so is what has left the finite
+        numbers (a warning counts such draws).
 
     Raises:
         ValueError: a recording that the model does not know, ``num_samples < 1``, more than ``max_gib``.
@@ -239,6 +241,7 @@ def prior_predictive(
     }
     keeping.refuse_too_much(stores.values(), max_gib, keep_helps=False)
     of, embeddings, children = _dims(model, recs), {}, {}
+    exploded = dict.fromkeys(recs, 0)
     parameter = next(model.parameters())
     with seeded(seed, "", parameter.device):
         shared = prior_draws(model, num_samples)
@@ -252,17 +255,25 @@ def prior_predictive(
         with seeded(seed, name, parameter.device), torch.no_grad():
             for first in range(0, num_samples, size):
                 draws = slice(first, min(first + size, num_samples))
-                with model.given(of_draws(shared, draws)):
+                # What is not finite is told below.
+                with model.given(of_draws(shared, draws)), pyro.validation_enabled(False):
                     with pyro.plate("draw", draws.stop - draws.start, dim=-3):
-                        sites = poutine.trace(poutine.uncondition(model)).get_trace(batch).nodes
-                    values = {key: sites[key]["value"] for key in ("latents", "observations")}
-                    values["rates"] = observation(model, values["latents"], batch).mean
+                        sites = poutine.trace(model).get_trace(batch).nodes
+                    drawn = observations_of(model, sites["latents"]["value"], batch)
+                values = dict(zip(("latents", "observations", "rates"), drawn, strict=True))
                 embedding[draws] = to_numpy(sites["embedding"]["value"][:, 0, 0])
+                exploded[name] += int(values["latents"].isnan().flatten(1).any(1).sum())
                 kept.put(draws, rows, {key: to_numpy(value[:, 0]) for key, value in values.items()}, exists)
         embeddings[name] = embedding
         groups = _groups(kept, None, "prior", ("latents", "rates"), of)
         groups |= _groups(kept, None, "prior_predictive", ("observations",), of)
         children[name] = trees.recording_groups(recording, groups, recs.truth.get(name))
+    if some := [f"{name!r} ({number})" for name, number in exploded.items() if number]:
+        warnings.warn(
+            f"prior_predictive: of {num_samples} draws some have left the finite numbers, as dynamics do at embeddings "
+            f"far from those that they are made for, and are NaN from there on: {checks.some(some)}",
+            stacklevel=2,
+        )
     of_all = trees.of_globals(model, shared)
     return trees.tree(embeddings, children, None, {"seed": seed}, of_all, "prior", recs=recs)
 
