@@ -64,7 +64,7 @@ def calibration(
             model.
         like: with the model's own simulations, the trials, bins, missing values and inputs that they are to have; None
             is 32 complete trials of 50 bins. An embedding is inferred from trials of some number and length: give the
-            training data to be told of these.
+            training data to be told of these. A model that reads inputs or conditions needs it.
         new_recordings: whether embeddings are inferred from the simulated trials; False takes those of training.
         align: with ``simulate``, trials with true latents, best those of training: by them the latents of each
             recording are mapped to the truth (least squares, affine). Without it latents are not compared, since the
@@ -80,7 +80,8 @@ def calibration(
         not independent; ``<quantity>_covered``, the share of a trial's bins whose interval holds the truth.
         ``coverage`` and ``coverage_se (quantity, level)``: their means and Monte Carlo standard errors, over trials, or
         over recordings of a simulation where these have embeddings of their own. ``khat``: the Pareto shape of the
-        importance weights of every trial; above 0.7 the guide misses too much of the posterior for weights to mend.
+        importance weights of every trial; above 0.7 the guide misses too much of the posterior for weights to mend
+        (infinite for fewer than 25 draws, which have no tail to tell it by).
 
     Raises:
         ValueError: ``num_samples + 1`` not a multiple of 20, recordings without any truth or that the fit does not
