@@ -77,7 +77,8 @@ def posterior(
         ``model.dims`` where these name their dimensions), ``sample_stats`` (the fit's history), and a child for every
         recording with ``posterior`` (``latents``, ``rates``: expected observation per bin), ``observed_data``,
         ``constant_data`` and what was asked for. float32, bins that a trial lacks are NaN.
-        ``attrs["subject"]`` of the recordings is a coordinate along ``recording``, their conditions along ``trial``.
+        ``attrs["subject"]`` of the recordings is a coordinate along ``recording`` (``recording_subject`` where a global
+        site has a dimension ``subject``), their conditions along ``trial``.
 
     Raises:
         ValueError: a recording that the fit does not know, ``num_samples < 1``; more than ``max_gib``, before anything

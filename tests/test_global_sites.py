@@ -414,6 +414,8 @@ def test_the_tree_has_the_global_sites(fits, recs, name):
         assert q.log_prob(value).isfinite().all() and value.std(0).min() > 0  # draws differ
     if name == "BySubject":
         assert list(tree["posterior"]["center"].coords["subject"]) == ["ada", "bob"]
+        theirs = tree["posterior"].coords["recording_subject"]
+        assert theirs.dims == ("recording",) and theirs.values.tolist() == ["bob", "ada", "bob"]
 
 
 def test_arviz_reads_the_hyper_parameters(fits, recs, tmp_path):
