@@ -170,6 +170,15 @@ def forecast(
     Raises:
         ValueError: an unknown recording, ``context`` or ``horizon`` below 1, no trial as long as ``context``;
             more than ``max_gib``.
+
+    Example:
+        >>> import pyro_metassm as pm
+        >>> recs = pm.simulate.limit_cycles([2.5, 5.0], num_trials=8, num_steps=20)
+        >>> model = pm.models.MetaSSM(recs, latent_dim=2, embedding_dim=1)
+        >>> fit = pm.fit(model, pm.guides.DKF(model), recs, num_steps=5, warm_start_steps=5, progress=False)
+        >>> tree = pm.forecast(fit, recs, context=12, horizon=4, num_samples=10)
+        >>> tree["w=5/predictions"]["latents"].shape  # chain, draw, trial, time, latent_dim
+        (1, 10, 8, 4, 2)
     """
     checks.integers(context=context, horizon=horizon)
     store = _store(keep, num_samples, chunk_size)
@@ -234,6 +243,14 @@ def prior_predictive(
 
     Raises:
         ValueError: a recording that the model does not know, ``num_samples < 1``, more than ``max_gib``.
+
+    Example:
+        >>> import pyro_metassm as pm
+        >>> recs = pm.simulate.limit_cycles([2.5, 5.0], num_trials=8, num_steps=20)
+        >>> model = pm.models.MetaSSM(recs, latent_dim=2, embedding_dim=1)
+        >>> tree = pm.prior_predictive(model, recs, num_samples=10)
+        >>> sorted(tree["w=5"].children)
+        ['constant_data', 'observed_data', 'prior', 'prior_predictive']
     """
     store = _store(None, num_samples, None)
     stores = {
