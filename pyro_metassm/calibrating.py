@@ -17,6 +17,7 @@ from tqdm.auto import tqdm
 from pyro_metassm import _checks as checks
 from pyro_metassm._flow_plots import align as align_to_truth
 from pyro_metassm.comparing import posterior_scores
+from pyro_metassm.draws import global_draws, observations_of
 from pyro_metassm.guides.base import AmortizedGuide
 from pyro_metassm.posterior import posterior
 from pyro_metassm.recordings import Recording, Recordings
@@ -47,7 +48,7 @@ def calibration(
     uniform on ``0 ... L``, and a central interval of level ``p`` holds the truth with probability ``p``. Ranks that
     pile up at both ends: the posterior is too narrow; in the middle: too wide; on one side: biased.
 
-    What is simulated, with the parameters of the fit:
+    What is simulated, with the parameters of the fit (global sites are drawn from its posterior of them, too):
 
     - by default new recordings: an embedding from its prior for each recording and simulation, paths and observations
       from the model; the embedding is inferred from the simulated trials. This is what the theorem is about;
@@ -63,7 +64,7 @@ def calibration(
             model.
         like: with the model's own simulations, the trials, bins, missing values and inputs that they are to have; None
             is 32 complete trials of 50 bins. An embedding is inferred from trials of some number and length: give the
-            training data to be told of these.
+            training data to be told of these. A model that reads inputs or conditions needs it.
         new_recordings: whether embeddings are inferred from the simulated trials; False takes those of training.
         align: with ``simulate``, trials with true latents, best those of training: by them the latents of each
             recording are mapped to the truth (least squares, affine). Without it latents are not compared, since the
@@ -79,7 +80,8 @@ def calibration(
         not independent; ``<quantity>_covered``, the share of a trial's bins whose interval holds the truth.
         ``coverage`` and ``coverage_se (quantity, level)``: their means and Monte Carlo standard errors, over trials, or
         over recordings of a simulation where these have embeddings of their own. ``khat``: the Pareto shape of the
-        importance weights of every trial; above 0.7 the guide misses too much of the posterior for weights to mend.
+        importance weights of every trial; above 0.7 the guide misses too much of the posterior for weights to mend
+        (infinite for fewer than 25 draws, which have no tail to tell it by).
 
     Raises:
         ValueError: ``num_samples + 1`` not a multiple of 20, recordings without any truth or that the fit does not
@@ -157,21 +159,20 @@ def simulated(
         ValueError: none that stays finite.
     """
     batch = like.batch(fit.names, dtype=fit.dtype, device=fit.device)
-    known = {}
+    # Not from the seed that the posterior takes for its draws: the truth would be one of them.
+    known = {key: drawn[0, 0, 0] for key, drawn in global_draws(fit, 1, ~seed).items()}
     random = torch.random.fork_rng([fit.device] if fit.device.type == "cuda" else [])
     with random, torch.no_grad(), pyro.validation_enabled(False):  # what is not finite is told below
         torch.manual_seed(seed)
         if not new_recordings:  # every latent site but the paths: what the training data have told of
             given = dataclasses.replace(batch, embedding_statistics=fit.statistics[batch.recording])
-            nodes = poutine.trace(fit.guide).get_trace(given).nodes.items()
+            nodes = poutine.trace(poutine.condition(fit.guide, data=known)).get_trace(given).nodes.items()
             known = {key: of["value"] for key, of in nodes if of["type"] == "sample" and key != "latents"}
             known = {key: value for key, value in known.items() if key not in ("recording", "trial")}
-        program = poutine.condition(poutine.uncondition(fit.model), data=known)
-        sites = poutine.trace(program).get_trace(batch).nodes
-        drawn, rates = sites["observations"]["value"], sites["observations"]["fn"].mean
-    e, z, y, mean = (
-        x.cpu().numpy() for x in (sites["embedding"]["value"], sites["latents"]["value"], drawn, rates)
-    )
+        sites = poutine.trace(poutine.condition(fit.model, data=known)).get_trace(batch).nodes
+        with fit.model.given(known):
+            drawn = observations_of(fit.model, sites["latents"]["value"], batch)
+    e, z, y, mean = (x.cpu().numpy() for x in (sites["embedding"]["value"], *drawn))
     recordings, truth = [], {}
     for row, (name, recording) in enumerate(like.items()):
         trials, bins, neurons = recording.values.shape

@@ -22,7 +22,7 @@ from pyro_metassm.draws import (
     posterior_chunks,
     to_numpy,
 )
-from pyro_metassm.global_sites import named
+from pyro_metassm.global_sites import declared
 from pyro_metassm.observations import counted, in_support
 from pyro_metassm.recordings import Recording, Recordings
 from pyro_metassm.result import Fit
@@ -113,7 +113,7 @@ def _check(fits: Mapping[str, Fit], test: Recordings) -> None:
     for name, fit in fits.items():
         more = sorted(
             str(key).removeprefix("kl_")
-            for key in set(fit.history) - SITES - {f"kl_{site}" for site in named(fit.model)}
+            for key in set(fit.history) - SITES - {f"kl_{site}" for site in declared(fit.model)}
             if str(key).startswith("kl_")
         )
         if more:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 
+import pyro
 import torch
 
 from pyro_metassm import dims
@@ -36,7 +37,8 @@ def _sites(model) -> list[tuple[str, ...]]:
             (name, family(site["fn"]) + observed, plates, _event(name, site, model.dims.get(name, ())))
         )
         if isinstance(path := site["fn"], MarkovPath):
-            with torch.no_grad():
+            # The draw may have left the finite numbers.
+            with torch.no_grad(), pyro.validation_enabled(False):
                 following = path.into(slice(1, None), site["value"][..., :-1, :])
             rows += [("  first", family(path.initial), "", ""), ("  next", family(following), "", "")]
     return rows

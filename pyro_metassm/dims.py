@@ -16,7 +16,9 @@ def named(*dims: str) -> dict[str, tuple[str, ...]]:
 def alone(model, batch: Batch | None = None) -> pyro.poutine.Trace:
     """The trace of a model by itself (a replay forgets ``infer``); without a batch, on one without observations."""
     device = next(model.parameters()).device
-    with torch.no_grad(), torch.random.fork_rng([device] if device.type == "cuda" else []):
+    random = torch.random.fork_rng([device] if device.type == "cuda" else [])
+    # Names are asked for: the draw of the prior that tells them may have left the finite numbers.
+    with torch.no_grad(), random, pyro.validation_enabled(False):
         return pyro.poutine.trace(model).get_trace(_empty(model) if batch is None else batch)
 
 

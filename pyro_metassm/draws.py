@@ -15,7 +15,7 @@ from pyro import poutine
 from pyro.distributions import TorchDistribution
 from torch import Tensor
 
-from pyro_metassm.global_sites import named
+from pyro_metassm.global_sites import declared
 from pyro_metassm.models.meta_ssm import MetaSSM
 from pyro_metassm.observations import observed
 from pyro_metassm.recordings import Batch, Recording, Recordings
@@ -129,7 +129,7 @@ def _ahead(chunk: Chunk, recording: Recording, context: int, horizon: int) -> Ba
 
 def global_draws(fit: Fit, num_samples: int, seed: int) -> dict[str, Tensor]:
     """Draws of the posterior of the global sites, ``(num_samples, 1, 1, *event)``, the same for all recordings."""
-    if not named(fit.model):
+    if not declared(fit.model):
         return {}
     with seeded(seed, "", fit.device), torch.no_grad(), pyro.plate("draw", num_samples, dim=-3):
         return fit.guide.global_sites()
@@ -165,6 +165,17 @@ def forecast_trials(recs: Recordings, name: str, context: int) -> list[int]:
 def observation(model: MetaSSM, latents: Tensor, batch: Batch):
     """The distribution of every observation given latents ``(S, R, K, T, latent_dim)``."""
     return model.likelihood(model.read_out(latents, batch.recording, batch.width), batch.recording)
+
+
+def observations_of(model: MetaSSM, latents: Tensor, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+    """The latents, draws of observations and their means, NaN where latents have left the finite numbers.
+
+    Far out under a prior with heavy tails dynamics explode, and no family draws from what is not a number.
+    """
+    finite = latents.isfinite().all(-1, keepdim=True)
+    y = observation(model, torch.where(finite, latents, 0.0), batch)
+    drawn, mean = (torch.where(finite, values, torch.nan) for values in (y.sample(), y.mean))
+    return torch.where(finite, latents, torch.nan), drawn, mean
 
 
 def log_weights(fit: Fit, chunk: Chunk, y: TorchDistribution) -> Tensor:

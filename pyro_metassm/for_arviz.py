@@ -44,7 +44,9 @@ def to_arviz(tree: xr.DataTree, recording: str | None = None):
             groups["log_likelihood"] = groups["log_likelihood"][["trials"]]
         _flat(groups)
     else:
-        groups = {name: node.to_dataset() for name, node in tree.children.items() if not node.children}
+        groups = {
+            name: _of_one_kind(node.to_dataset()) for name, node in tree.children.items() if not node.children
+        }
         recordings = {name: node for name, node in tree.children.items() if "log_likelihood" in node.children}
         parts = {name: node["log_likelihood"].to_dataset()["trials"] for name, node in recordings.items()}
         if parts:
@@ -56,6 +58,16 @@ def to_arviz(tree: xr.DataTree, recording: str | None = None):
         }
         return arviz.InferenceData(**known)  # type: ignore[arg-type]
     return xr.DataTree.from_dict(groups)
+
+
+def _of_one_kind(group: xr.Dataset) -> xr.Dataset:
+    """Without what is said of the recordings in a group with variables that have none: `summary` of 1.x stacks them."""
+    some = [
+        name
+        for name, coord in group.coords.items()
+        if name not in group.dims and any(not set(coord.dims) <= set(v.dims) for v in group.values())
+    ]
+    return group.drop_vars(some)
 
 
 def _one_after_the_other(parts: dict[str, xr.DataArray]) -> xr.Dataset:
@@ -78,6 +90,8 @@ def _flat(groups: dict[str, xr.Dataset]) -> None:
     for name in names:
         flat = groups[name]["observations"].stack(observation=values.dims, create_index=False)
         groups[name] = flat.isel(observation=chosen).to_dataset(name="observations")
-    if all(bool((groups[name]["observations"] % 1 == 0).all()) for name in names):
+    known = {name: groups[name]["observations"].notnull() for name in names}
+    if all(bool((~known[name] | (groups[name]["observations"] % 1 == 0)).all()) for name in names):
         for name in names:
-            groups[name] = groups[name].astype(np.int32)
+            if bool(known[name].all()):  # draws of the prior may have left the finite numbers
+                groups[name] = groups[name].astype(np.int32)

@@ -32,12 +32,12 @@ START_DRAWS = 15  # of the prior, whose median a posterior starts at
 START_SCALE = 0.1
 
 
-def named(module: PyroModule, path: str = "") -> dict[str, tuple[PyroModule, str]]:
-    """The global sites of a model: the module and the attribute of each, by Pyro's name of the site."""
+def declared(module: PyroModule, path: str = "") -> dict[str, tuple[PyroModule, str]]:
+    """The global sites that a model declares: the module and the attribute of each, by Pyro's name of the site."""
     found = {path + attribute: (module, attribute) for attribute in module._pyro_samples}
     for name, child in module._modules.items():
         if isinstance(child, PyroModule):  # in any other module Pyro would not know the site's name
-            found |= named(child, f"{path}{name}.")
+            found |= declared(child, f"{path}{name}.")
     return found
 
 
@@ -55,7 +55,7 @@ class Program(PyroModule):
 
     def global_sites(self) -> dict[str, Tensor]:
         """Draw every global site: one that is first read inside a plate would be one draw for each of its elements."""
-        found = named(self)
+        found = declared(self)
         if not found:
             return {}
         with pyro.settings.context(module_local_params=True), self._pyro_context:
@@ -66,7 +66,7 @@ class Program(PyroModule):
 
         Without it a site that is read there is drawn anew from its prior, every time. Other names are left aside.
         """
-        found = named(self)
+        found = declared(self)
         return _put(
             [(vars(found[name][0]), found[name][1], values[name]) for name in found if name in values]
         )
@@ -76,7 +76,7 @@ class Program(PyroModule):
         values = self.global_sites()
         if not values:
             return function
-        places = [(vars(module), key, values[name]) for name, (module, key) in named(self).items()]
+        places = [(vars(module), key, values[name]) for name, (module, key) in declared(self).items()]
 
         def call(*args, **kwargs):
             with _put(places):
@@ -110,7 +110,7 @@ class Program(PyroModule):
     def _apply(self, fn, recurse=True):
         """Move the priors, which hold tensors that are nobody's parameters, with the parameters."""
         super()._apply(fn, recurse)
-        for module, key in named(self).values():
+        for module, key in declared(self).values():
             if isinstance(prior := module._pyro_samples[key], Distribution):
                 _move(prior, fn)
         return self
@@ -164,7 +164,7 @@ class GlobalPosterior(nn.Module):
         self.transforms: dict[str, tuple[str, Transform, int]] = {}
         with torch.random.fork_rng(devices=[]), torch.no_grad():
             trace = poutine.trace(model.global_sites).get_trace()
-            starts = prior_draws(model, START_DRAWS) if named(model) else {}
+            starts = prior_draws(model, START_DRAWS) if declared(model) else {}
         for name, site in trace.nodes.items():
             if site["type"] != "sample" or site["is_observed"]:
                 continue
@@ -200,7 +200,7 @@ class GlobalPosterior(nn.Module):
 
         What is real is trained as other parameters are, what is bounded stays as it is.
         """
-        found, priors = named(model), {}
+        found, priors = declared(model), {}
         for name, value in self.medians().items():
             module, attribute = found[name]
             priors[name] = module._pyro_samples.pop(attribute)

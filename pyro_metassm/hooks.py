@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.distributions import Distribution
 
-from pyro_metassm.global_sites import named, prior_draws
+from pyro_metassm.global_sites import declared, prior_draws
 from pyro_metassm.recordings import Batch
 
 Shape = tuple[int, ...]
@@ -22,7 +22,7 @@ def wrong_hooks(model, batch: Batch) -> list[str]:
     at once, as posteriors and forecasts do.
     """
     found = _first(_wrong(model, batch, {}, ()))
-    if found or not named(model):
+    if found or not declared(model):
         return found
     sizes = {len(batch.names), batch.num_trials, batch.num_bins, batch.num_bins - 1, batch.width, 1, 2}
     number = next(n for n in range(3, 99) if n not in sizes | {model.latent_dim, model.embedding_dim})

@@ -259,7 +259,9 @@ def counted(model, name: str) -> np.ndarray:
     number = dict(zip(table.names, table.num_neurons, strict=True)).get(name, 0)
     table.check([name], [number])
     row = torch.tensor([table.names.index(name)], device=like.device)
-    y = model.likelihood(torch.zeros(1, 1, 1, number, dtype=like.dtype, device=like.device), row)
+    devices = [like.device] if like.device.type == "cuda" else []
+    with torch.random.fork_rng(devices):  # it may draw global sites
+        y = model.likelihood(torch.zeros(1, 1, 1, number, dtype=like.dtype, device=like.device), row)
     if hasattr(y, "discrete"):
         return y.discrete[0].cpu().numpy()
     return np.full(number, bool(y.support.is_discrete))

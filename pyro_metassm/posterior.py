@@ -23,6 +23,7 @@ from pyro_metassm.draws import (
     global_draws,
     log_weights,
     observation,
+    observations_of,
     of_draws,
     posterior_chunks,
     seeded,
@@ -76,7 +77,8 @@ def posterior(
         ``model.dims`` where these name their dimensions), ``sample_stats`` (the fit's history), and a child for every
         recording with ``posterior`` (``latents``, ``rates``: expected observation per bin), ``observed_data``,
         ``constant_data`` and what was asked for. float32, bins that a trial lacks are NaN.
-        ``attrs["subject"]`` of the recordings is a coordinate along ``recording``, their conditions along ``trial``.
+        ``attrs["subject"]`` of the recordings is a coordinate along ``recording`` (``recording_subject`` where a global
+        site has a dimension ``subject``), their conditions along ``trial``.
 
     Raises:
         ValueError: a recording that the fit does not know, ``num_samples < 1``; more than ``max_gib``, before anything
@@ -168,6 +170,15 @@ def forecast(
     Raises:
         ValueError: an unknown recording, ``context`` or ``horizon`` below 1, no trial as long as ``context``;
             more than ``max_gib``.
+
+    Example:
+        >>> import pyro_metassm as pm
+        >>> recs = pm.simulate.limit_cycles([2.5, 5.0], num_trials=8, num_steps=20)
+        >>> model = pm.models.MetaSSM(recs, latent_dim=2, embedding_dim=1)
+        >>> fit = pm.fit(model, pm.guides.DKF(model), recs, num_steps=5, warm_start_steps=5, progress=False)
+        >>> tree = pm.forecast(fit, recs, context=12, horizon=4, num_samples=10)
+        >>> tree["w=5/predictions"]["latents"].shape  # chain, draw, trial, time, latent_dim
+        (1, 10, 8, 4, 2)
     """
     checks.integers(context=context, horizon=horizon)
     store = _store(keep, num_samples, chunk_size)
@@ -227,10 +238,19 @@ def prior_predictive(
 
     Returns:
         a tree with ``prior`` (``embedding``) and, for every recording, ``prior`` (``latents``, ``rates``) and
-        ``prior_predictive`` (``observations``); bins that a trial lacks are NaN.
+        ``prior_predictive`` (``observations``); bins that a trial lacks are NaN, and so is what has left the finite
+        numbers (a warning counts such draws).
 
     Raises:
         ValueError: a recording that the model does not know, ``num_samples < 1``, more than ``max_gib``.
+
+    Example:
+        >>> import pyro_metassm as pm
+        >>> recs = pm.simulate.limit_cycles([2.5, 5.0], num_trials=8, num_steps=20)
+        >>> model = pm.models.MetaSSM(recs, latent_dim=2, embedding_dim=1)
+        >>> tree = pm.prior_predictive(model, recs, num_samples=10)
+        >>> sorted(tree["w=5"].children)
+        ['constant_data', 'observed_data', 'prior', 'prior_predictive']
     """
     store = _store(None, num_samples, None)
     stores = {
@@ -239,6 +259,7 @@ def prior_predictive(
     }
     keeping.refuse_too_much(stores.values(), max_gib, keep_helps=False)
     of, embeddings, children = _dims(model, recs), {}, {}
+    exploded = dict.fromkeys(recs, 0)
     parameter = next(model.parameters())
     with seeded(seed, "", parameter.device):
         shared = prior_draws(model, num_samples)
@@ -252,17 +273,25 @@ def prior_predictive(
         with seeded(seed, name, parameter.device), torch.no_grad():
             for first in range(0, num_samples, size):
                 draws = slice(first, min(first + size, num_samples))
-                with model.given(of_draws(shared, draws)):
+                # What is not finite is told below.
+                with model.given(of_draws(shared, draws)), pyro.validation_enabled(False):
                     with pyro.plate("draw", draws.stop - draws.start, dim=-3):
-                        sites = poutine.trace(poutine.uncondition(model)).get_trace(batch).nodes
-                    values = {key: sites[key]["value"] for key in ("latents", "observations")}
-                    values["rates"] = observation(model, values["latents"], batch).mean
+                        sites = poutine.trace(model).get_trace(batch).nodes
+                    drawn = observations_of(model, sites["latents"]["value"], batch)
+                values = dict(zip(("latents", "observations", "rates"), drawn, strict=True))
                 embedding[draws] = to_numpy(sites["embedding"]["value"][:, 0, 0])
+                exploded[name] += int(values["latents"].isnan().flatten(1).any(1).sum())
                 kept.put(draws, rows, {key: to_numpy(value[:, 0]) for key, value in values.items()}, exists)
         embeddings[name] = embedding
         groups = _groups(kept, None, "prior", ("latents", "rates"), of)
         groups |= _groups(kept, None, "prior_predictive", ("observations",), of)
         children[name] = trees.recording_groups(recording, groups, recs.truth.get(name))
+    if some := [f"{name!r} ({number})" for name, number in exploded.items() if number]:
+        warnings.warn(
+            f"prior_predictive: of {num_samples} draws some have left the finite numbers, as dynamics do at embeddings "
+            f"far from those that they are made for, and are NaN from there on: {checks.some(some)}",
+            stacklevel=2,
+        )
     of_all = trees.of_globals(model, shared)
     return trees.tree(embeddings, children, None, {"seed": seed}, of_all, "prior", recs=recs)
 
@@ -302,6 +331,6 @@ def _groups(
     of: Mapping[str, tuple[str, ...]],
 ) -> dict[str, keeping.Variables]:
     """A group of draws, or of statistics, with the dimensions that the model's sites have within a recording."""
-    named = {name: tuple(d for d in of[name] if d != "recording") for name in ("latents", "observations")}
-    named["rates"] = named["observations"]  # their means
-    return {group if keep is None else f"{group}_statistics": kept.variables(names, named)}
+    own = {name: tuple(d for d in of[name] if d != "recording") for name in ("latents", "observations")}
+    own["rates"] = own["observations"]  # their means
+    return {group if keep is None else f"{group}_statistics": kept.variables(names, own)}

@@ -18,7 +18,7 @@ from pyro_metassm import _checks as checks
 from pyro_metassm.elbo import SequentialELBO
 from pyro_metassm.guides.base import AmortizedGuide
 from pyro_metassm.models.meta_ssm import MetaSSM
-from pyro_metassm.posterior import posterior
+from pyro_metassm.posterior import MAX_GIB, posterior
 from pyro_metassm.rebuilding import afresh
 from pyro_metassm.recordings import Recordings
 from pyro_metassm.result import Fit
@@ -61,6 +61,7 @@ class Restarts:
         predictive: bool = False,
         log_likelihood: bool = False,
         chunk_size: int | None = None,
+        max_gib: float = MAX_GIB,
         seed: int = 0,
     ) -> xr.DataTree:
         """Draws of all fits, ``chain`` = restart, latents and embeddings aligned to the best's.
@@ -72,6 +73,7 @@ class Restarts:
         Args:
             recs, predictive, log_likelihood, chunk_size: as of :func:`pyro_metassm.posterior`.
             num_samples: draws of each fit.
+            max_gib: what may be kept of all fits together, in GiB; each has its share.
             seed: of the draws; restart c takes ``seed + c``.
 
         Returns:
@@ -81,9 +83,8 @@ class Restarts:
         trees = []
         for chain, (one, maps) in enumerate(zip(self.fits, self.maps, strict=True)):
             options: dict[str, Any] = {"log_likelihood": log_likelihood, "chunk_size": chunk_size}
-            tree = posterior(
-                one, recs, num_samples=num_samples, predictive=predictive, seed=seed + chain, **options
-            )
+            options |= {"predictive": predictive, "max_gib": max_gib / len(self.fits)}
+            tree = posterior(one, recs, num_samples=num_samples, seed=seed + chain, **options)
             trees.append(tree.map_over_datasets(lambda part, maps=maps: _aligned(part, maps)))
         return _as_chains(trees, seed)
 

@@ -20,8 +20,9 @@ def rollout_errors(model, guide, recs: Recordings, statistics: Tensor, seed: int
     r"""Mean squared error of noise-free roll-outs of up to 25 bins, by recording, in variances of its latents.
 
     ``mean_t (z_t - f^t(z_0))^T S^-1 (z_t - f^t(z_0)) / d``, for stretches of the guide's frame ``z`` with covariance
-    ``S`` over the recording, at the mean of its embedding. It is what :func:`pyro_metassm.adapt` reports of new
-    recordings, so that these can be compared with the known ones.
+    ``S`` over the recording, at the mean of its embedding, by the model's ``dynamics_of`` alone: what its transition
+    adds (inputs) and what its trials differ in (``trial_embedding``) count as error. It is what
+    :func:`pyro_metassm.adapt` reports of new recordings, so that these can be compared with the known ones.
 
     Args:
         model, guide: fitted.

@@ -11,7 +11,7 @@ from pyro.distributions.torch_distribution import ExpandedDistribution, MaskedDi
 from pyro.poutine.util import prune_subsample_sites
 from torch.distributions import Distribution, Independent
 
-from pyro_metassm.global_sites import GlobalPosterior, named
+from pyro_metassm.global_sites import GlobalPosterior, declared
 from pyro_metassm.hooks import wrong_hooks
 from pyro_metassm.recordings import Batch, Recordings
 
@@ -67,7 +67,7 @@ def compare(model, guide, batch: Batch) -> list[str]:
     if found := wrong_hooks(model, batch):
         return found
     own = getattr(guide, "global_sites", None)
-    if isinstance(own, GlobalPosterior) and (lacking := set(named(model)) - set(own.transforms)):
+    if isinstance(own, GlobalPosterior) and (lacking := set(declared(model)) - set(own.transforms)):
         return [_lacks(lacking)]  # it would draw them from the prior wherever it asks the model for a path
     guide_trace = _trace("guide", guide, batch)
     model_trace = _trace("model", poutine.replay(model, trace=guide_trace), batch)

@@ -36,7 +36,8 @@ def tree(
         attrs: of the tree.
         shared: the other variables of all recordings.
         group: of the embeddings and of what is shared.
-        recs: the recordings, for their subjects.
+        recs: the recordings, for their subjects: the coordinate ``subject``, or ``recording_subject`` where what is
+            shared has subjects as a dimension.
     """
     values = np.stack(list(embeddings.values()), 1)[None]
     dims = (*DRAWS, "recording", "embedding_dim")
@@ -44,7 +45,8 @@ def tree(
     coords["embedding_dim"] = np.arange(values.shape[-1])
     subjects = [str(recs[name].attrs.get("subject", "")) for name in embeddings]
     if any(subjects):
-        coords["subject"] = ("recording", subjects)
+        taken = any("subject" in variable.dims for variable in shared.values())
+        coords["recording_subject" if taken else "subject"] = ("recording", subjects)
     groups: dict[str, Any] = {group: xr.Dataset({"embedding": (dims, values)}, coords).assign(shared)}
     if history is not None:
         groups["sample_stats"] = history

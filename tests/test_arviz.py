@@ -6,6 +6,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 import scipy.special
+import xarray as xr
 from problems import linear_gaussian, recordings
 from test_linear_gaussian import as_fit, evidences
 
@@ -81,6 +82,16 @@ def test_summary_forest_and_pair_of_the_embedding(az, tree):
     assert len(plt.get_fignums()) >= 1
 
 
+def test_summary_of_subjects_and_of_what_has_none(az, tree):
+    """Variables of 1.x are stacked: a global site has no recordings that its subjects could be told of."""
+    posterior = tree["posterior"].to_dataset()
+    assert "subject" in posterior.coords
+    tau = posterior["embedding"].isel(recording=0, embedding_dim=0, drop=True)
+    both = xr.DataTree.from_dict({"posterior": posterior.assign(tau=tau)})
+    assert len(az.summary(pm.to_arviz(both))) == 7
+    assert "subject" in pm.to_arviz(tree)["posterior"].coords
+
+
 def test_a_recording_has_its_groups(az, old, tree):
     data = pm.to_arviz(tree, "w=3")
     assert {
@@ -108,6 +119,15 @@ def test_data_and_draws_of_them_are_of_what_was_seen(tree):
         drawn = data[group]["observations"]
         assert drawn.dims == ("chain", "draw", "observation") and drawn.dtype == observed.dtype
         np.testing.assert_array_equal(drawn[0], node[group]["observations"].values[0][:, seen])
+
+
+def test_counts_stay_integers_beside_a_prior_that_has_exploded(tree):
+    exploded = tree.copy(deep=True)
+    exploded["w=3/prior_predictive/observations"][0, 0] = np.nan
+    data, plain = pm.to_arviz(exploded, "w=3"), pm.to_arviz(tree, "w=3")
+    assert data["prior_predictive"]["observations"].dtype == np.float32
+    for group in ("posterior_predictive", "observed_data"):
+        assert data[group]["observations"].dtype == plain[group]["observations"].dtype
 
 
 def test_complete_data_are_plotted_too(az, old):

@@ -65,5 +65,5 @@ def test_a_likelihood_hook_of_another_event_shape():
     model = Whole(recs, latent_dim=1, embedding_dim=1)
     (found,) = pm.guides.check(model, pm.guides.DKF(model), recs)
     assert "Whole.likelihood: needed a Distribution with event shape (2,)" in found
-    with pytest.raises(ValueError, match="Whole.likelihood: needed a Distribution with event shape"):
+    with pytest.raises(ValueError, match=r"Whole\.likelihood: needed a Distribution with event shape"):
         pm.fit(model, pm.guides.DKF(model), recs, num_steps=1, progress=False)

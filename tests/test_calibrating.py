@@ -3,10 +3,12 @@
 import dataclasses
 
 import numpy as np
+import pyro.distributions as dist
 import pytest
 import torch
 from fits import QUICK, parts
 from problems import linear_gaussian
+from pyro.nn import PyroSample
 from scipy import integrate, stats
 from test_linear_gaussian import as_fit
 
@@ -155,6 +157,30 @@ def test_new_trials_of_known_recordings_have_their_embeddings(fitted):
     assert float(both["coverage_se"].sel(quantity="rates", level=0.9)) == pytest.approx(
         units.std(ddof=1) / units.size**0.5
     )
+
+
+class DrawnReadOut(pm.models.MetaSSM):
+    def __init__(self, recordings, **options):
+        super().__init__(recordings, **options)
+        shape = self.read_out.weight.shape
+        self.read_out.weight = PyroSample(dist.Normal(0.0, 1.0).expand(shape).to_event(2))
+
+
+@pytest.mark.parametrize("new_recordings", [True, False])
+def test_global_sites_are_those_of_the_fit(fitted, new_recordings):
+    """The posterior of new recordings has them from the training data: so must the simulation."""
+    recs, known = fitted
+    model = DrawnReadOut(recs, latent_dim=2, embedding_dim=1, hidden_dim=8)
+    guide = pm.guides.DKF(model, hidden_dim=6)
+    with torch.no_grad():
+        guide.global_sites.loc["read_out-weight"].fill_(3.0)
+        guide.global_sites.log_scale["read_out-weight"].fill_(-20.0)
+    fit = dataclasses.replace(known, model=model.eval(), guide=guide.eval())
+    made, _ = simulated(fit, recs, 0, new_recordings)
+    for name, truth in made.truth.items():
+        bias = model.read_out.bias[model.neurons.slice(name)].detach().numpy()
+        expected = 3.0 * truth["latents"].sum("latent_dim").values[..., None] + bias
+        np.testing.assert_allclose(truth["rates"], expected, atol=1e-4)
 
 
 def test_a_simulation_of_ones_own_is_compared_in_its_coordinates(fitted):

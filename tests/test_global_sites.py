@@ -25,6 +25,7 @@ import pyro_metassm as pm
 from pyro_metassm.distributions import MarkovPath, RolloutPath
 from pyro_metassm.elbo import SequentialELBO
 from pyro_metassm.global_sites import GlobalPosterior, Program
+from pyro_metassm.observations import counted
 
 DOUBLE = torch.float64
 SIZES = {"latent_dim": 2, "embedding_dim": 2, "hidden_dim": 5}
@@ -413,6 +414,8 @@ def test_the_tree_has_the_global_sites(fits, recs, name):
         assert q.log_prob(value).isfinite().all() and value.std(0).min() > 0  # draws differ
     if name == "BySubject":
         assert list(tree["posterior"]["center"].coords["subject"]) == ["ada", "bob"]
+        theirs = tree["posterior"].coords["recording_subject"]
+        assert theirs.dims == ("recording",) and theirs.values.tolist() == ["bob", "ada", "bob"]
 
 
 def test_arviz_reads_the_hyper_parameters(fits, recs, tmp_path):
@@ -545,6 +548,25 @@ def test_fits_with_global_sites_are_compared(fits, recs):
         {name: fits[name] for name in ("Horseshoe", "HeavyTails")}, recs, context=2, horizon=2, num_samples=4
     )
     assert np.isfinite(table[("elbo", "mean")]).all()
+
+
+class DrawnDispersion(pm.models.MetaSSM):
+    def __init__(self, recordings, **options):
+        super().__init__(recordings, **options)
+        self.count = PyroSample(dist.LogNormal(1.0, 0.5).expand([1]).to_event(1))
+
+    def likelihood(self, predictor, recording):
+        return dist.NegativeBinomial(self.count.unsqueeze(-2), logits=predictor)
+
+
+def test_what_a_model_counts_leaves_the_random_state_alone():
+    """Its likelihood is called outside of the program, where it draws the site that it reads."""
+    recs = recordings(counts=True)
+    torch.manual_seed(0)
+    model = DrawnDispersion(recs, **SIZES)
+    random = torch.get_rng_state()
+    assert all(counted(model, name).all() for name in recs)
+    assert torch.equal(torch.get_rng_state(), random)
 
 
 # ---- the start, and where priors live ---------------------------------------------------------------------------

@@ -142,6 +142,32 @@ def test_forecast_tree(recs, fit):
         assert tree[name]["constant_data"]["mask"].values.sum() == np.isfinite(padded[trials][:, 4:11]).sum()
 
 
+class Explodes(pm.models.MetaSSM):
+    """Its states leave the finite numbers where the embedding is positive."""
+
+    def adapt_dynamics(self, e):
+        return lambda z: torch.where(e.unsqueeze(-2) > 0, 1e20 * z - z.square(), 0.5 * z)
+
+
+@pytest.mark.parametrize("family", ["Gaussian", "Poisson", "NegativeBinomial", "ZeroInflatedPoisson"])
+def test_prior_draws_that_explode_are_told(family):
+    recs = recordings(counts=True)
+    model = Explodes(
+        recs, latent_dim=2, embedding_dim=1, hidden_dim=4, likelihood=getattr(pm.likelihoods, family)
+    )
+    with pytest.warns(
+        UserWarning, match=r"prior_predictive: of 20 draws some have left .*: 'a' \(\d+\), 'b'"
+    ):
+        tree = pm.prior_predictive(model, recs, num_samples=20)
+    assert all("latents" in model.describe() for _ in range(5))  # of other draws each
+    positive = tree["prior"]["embedding"].sel(recording="b", embedding_dim=0).values[0] > 0
+    assert 0 < positive.sum() < 20
+    for group, name in (("prior", "latents"), ("prior", "rates"), ("prior_predictive", "observations")):
+        trial = tree[f"b/{group}"][name].isel(chain=0, trial=1)  # the one as long as the array
+        np.testing.assert_array_equal(np.isfinite(trial).all(("time", trial.dims[-1])), ~positive)
+        assert np.isfinite(trial.isel(time=0)).all()
+
+
 def test_prior_predictive_tree(counts):
     model = pm.models.MetaSSM(
         counts, latent_dim=2, embedding_dim=2, likelihood=pm.likelihoods.NegativeBinomial

@@ -227,6 +227,14 @@ def narrow(restarts):
     return dataclasses.replace(restarts.best, statistics=torch.cat([mean, torch.full_like(mean, 0.01)], -1))
 
 
+def test_the_memory_is_that_of_all_fits(restarts, recs):
+    number = sum(r.num_trials * r.num_bins * (2 + r.num_neurons) for r in recs.values())
+    needed = 4 * 10 * number * len(restarts.fits) / 2**30  # of latents and rates, float32
+    restarts.posterior(recs, num_samples=10, max_gib=1.01 * needed)
+    with pytest.raises(ValueError, match="max_gib"):
+        restarts.posterior(recs, num_samples=10, max_gib=0.99 * needed)
+
+
 def test_r_hat_of_restarts_that_agree(narrow, recs, az):
     """Independent draws of one posterior: within 1.05 of 1, for 4 x 250 draws; a mirrored, moved axis is the same."""
     moved = with_embeddings(narrow, lambda mean: 0.3 - mean)
