@@ -55,7 +55,8 @@ def adapt(
 
     One trial suffices to start; whether it says enough is in ``attrs["adaptation"]`` of the result: for every recording
     ``rollout_error`` (mean squared error of roll-outs of up to 25 bins, in variances of the recording's latents: near
-    the known recordings', ``fit.attrs["rollout_error"]``, where the family fits, and larger where it does not) and
+    the known recordings', ``fit.attrs["rollout_error"]``, where the family fits, and larger where it does not; what
+    inputs do, which the roll-outs are not given, counts as error in both) and
     ``embedding_spread`` (sd of the embeddings of the likely starts, by dimension: near 0 where the trials decide).
 
     Args:
