@@ -10,6 +10,7 @@ import numpy as np
 import torch
 import xarray as xr
 
+from pyro_metassm import _machine as machine
 from pyro_metassm.result import Fit
 from pyro_metassm.simulate import flow
 
@@ -298,9 +299,8 @@ def _rollouts(fit: Fit, recording: str, trials: int = 64, bins: int = 100) -> tu
     """Paths of the model itself, ``(trial, time, latent_dim)``."""
     row = fit.names.index(recording)
     e = _embedding(fit, row)
-    fork = [fit.device] if fit.device.type == "cuda" else []
     medians = fit.model.given(fit.guide.global_sites.medians())
-    with torch.no_grad(), torch.random.fork_rng(fork), medians:
+    with torch.no_grad(), machine.random_forked(fit.device), medians:
         torch.manual_seed(0)
         dynamics = fit.model.dynamics_of(e, torch.tensor([row], device=fit.device))
         z = [fit.model.initial_state(e).expand((1, trials)).sample().unsqueeze(-2)]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 import platform
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 
 import torch
 
@@ -53,6 +53,11 @@ def memory_kept() -> Iterator[None]:
         library.mallopt(MMAP_THRESHOLD, LIMIT)
         library.mallopt(TRIM_THRESHOLD, 2 * LIMIT)
         library.malloc_trim(0)
+
+
+def random_forked(device: torch.device) -> AbstractContextManager[None]:
+    """The random states of the CPU and of this device, put back at the end."""
+    return torch.random.fork_rng([device] if device.type == "cuda" else [])
 
 
 def _glibc() -> ctypes.CDLL | None:

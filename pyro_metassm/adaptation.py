@@ -105,11 +105,10 @@ def adapt(
     parts = _check(fit, new, train, learning_rate)
     began = time.perf_counter()
     model, guide = for_recordings(fit.model, fit.guide, NeuronTable.of(new))
-    generators = [fit.device] if fit.device.type == "cuda" else []
     with (
         machine.threads(num_threads or torch.get_num_threads()),
         machine.memory_kept(),
-        torch.random.fork_rng(generators),
+        machine.random_forked(fit.device),
         tqdm(total=search_steps + num_steps, disable=not progress, desc="adapt", dynamic_ncols=True) as bar,
     ):
         torch.manual_seed(seed)

@@ -15,6 +15,7 @@ from pyro import poutine
 from tqdm.auto import tqdm
 
 from pyro_metassm import _checks as checks
+from pyro_metassm import _machine as machine
 from pyro_metassm._flow_plots import align as align_to_truth
 from pyro_metassm.comparing import posterior_scores
 from pyro_metassm.draws import global_draws, observations_of
@@ -161,8 +162,8 @@ def simulated(
     batch = like.batch(fit.names, dtype=fit.dtype, device=fit.device)
     # Not from the seed that the posterior takes for its draws: the truth would be one of them.
     known = {key: drawn[0, 0, 0] for key, drawn in global_draws(fit, 1, ~seed).items()}
-    random = torch.random.fork_rng([fit.device] if fit.device.type == "cuda" else [])
-    with random, torch.no_grad(), pyro.validation_enabled(False):  # what is not finite is told below
+    # What is not finite is told below.
+    with machine.random_forked(fit.device), torch.no_grad(), pyro.validation_enabled(False):
         torch.manual_seed(seed)
         if not new_recordings:  # every latent site but the paths: what the training data have told of
             given = dataclasses.replace(batch, embedding_statistics=fit.statistics[batch.recording])

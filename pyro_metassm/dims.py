@@ -5,6 +5,7 @@ from __future__ import annotations
 import pyro
 import torch
 
+from pyro_metassm import _machine as machine
 from pyro_metassm.recordings import Batch
 
 
@@ -16,9 +17,8 @@ def named(*dims: str) -> dict[str, tuple[str, ...]]:
 def alone(model, batch: Batch | None = None) -> pyro.poutine.Trace:
     """The trace of a model by itself (a replay forgets ``infer``); without a batch, on one without observations."""
     device = next(model.parameters()).device
-    random = torch.random.fork_rng([device] if device.type == "cuda" else [])
     # Names are asked for: the draw of the prior that tells them may have left the finite numbers.
-    with torch.no_grad(), random, pyro.validation_enabled(False):
+    with torch.no_grad(), machine.random_forked(device), pyro.validation_enabled(False):
         return pyro.poutine.trace(model).get_trace(_empty(model) if batch is None else batch)
 
 

@@ -15,6 +15,7 @@ from pyro import poutine
 from pyro.distributions import TorchDistribution
 from torch import Tensor
 
+from pyro_metassm import _machine as machine
 from pyro_metassm.global_sites import declared
 from pyro_metassm.models.meta_ssm import MetaSSM
 from pyro_metassm.observations import observed
@@ -65,7 +66,7 @@ def posterior_chunks(
     # One embedding a draw for all trials: the first trials draw it, the others are given it.
     embeddings: dict[int, Tensor] = {}
     shared = global_draws(fit, num_samples, seed)
-    with _forked(fit.device), torch.no_grad():
+    with machine.random_forked(fit.device), torch.no_grad():
         for start in range(0, len(rows), trials_at_once):
             trials = np.array(rows[start : start + trials_at_once])
             batch = recs.batch(
@@ -196,13 +197,9 @@ def to_numpy(x: Tensor) -> np.ndarray:
 @contextlib.contextmanager
 def seeded(seed: int, name: str, device: torch.device) -> Iterator[None]:
     """A random state of this seed and recording, for a while."""
-    with _forked(device):
+    with machine.random_forked(device):
         torch.manual_seed(_seed(seed, name))
         yield
-
-
-def _forked(device: torch.device):
-    return torch.random.fork_rng([device] if device.type == "cuda" else [])
 
 
 def _seed(seed: int, *of: str | int) -> int:

@@ -20,6 +20,7 @@ import pyro
 import torch
 from torch import Tensor
 
+from pyro_metassm import _machine as machine
 from pyro_metassm.frames import Frames, canonical_frame
 from pyro_metassm.optimizers import adam, one_cycle
 from pyro_metassm.read_outs import ReadOutPrior, common_shift, second_moments
@@ -121,7 +122,7 @@ def _starts(model, w: Tensor, bins: Tensor, embeddings: Tensor, number: int, rng
     noise = torch.randn(number, embeddings.shape[-1], generator=rng, dtype=dtype).to(device)
     e = (embeddings[picked.to(device)] + JITTER * spread * noise).unsqueeze(-2)  # (S, 1, embedding_dim)
     seed = int(torch.randint(2**31, (), generator=rng))
-    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+    with machine.random_forked(device):
         torch.manual_seed(seed)
         z = model.initial_state(e).expand((number, trials)).sample().unsqueeze(-2)
     path = z if time == 1 else torch.cat([z, roll_out(model.adapt_dynamics(e), z, time - 1)], -2)

@@ -19,6 +19,7 @@ from torch.distributions import transform_to
 from torch.distributions.utils import lazy_property
 from torch.nn import functional
 
+from pyro_metassm import _machine as machine
 from pyro_metassm.blocks import each_block, everywhere
 
 
@@ -259,8 +260,7 @@ def counted(model, name: str) -> np.ndarray:
     number = dict(zip(table.names, table.num_neurons, strict=True)).get(name, 0)
     table.check([name], [number])
     row = torch.tensor([table.names.index(name)], device=like.device)
-    devices = [like.device] if like.device.type == "cuda" else []
-    with torch.random.fork_rng(devices):  # it may draw global sites
+    with machine.random_forked(like.device):  # it may draw global sites
         y = model.likelihood(torch.zeros(1, 1, 1, number, dtype=like.dtype, device=like.device), row)
     if hasattr(y, "discrete"):
         return y.discrete[0].cpu().numpy()

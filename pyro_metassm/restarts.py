@@ -15,6 +15,7 @@ import xarray as xr
 from tqdm.auto import tqdm
 
 from pyro_metassm import _checks as checks
+from pyro_metassm import _machine as machine
 from pyro_metassm.elbo import SequentialELBO
 from pyro_metassm.guides.base import AmortizedGuide
 from pyro_metassm.models.meta_ssm import MetaSSM
@@ -205,8 +206,7 @@ def held_out_elbo(fit: Fit, recs: Recordings, seed: int = 0) -> float:
     batch = recs.batch(fit.names, dtype=fit.dtype, device=fit.device)
     rows = [fit.names.index(name) for name in recs]
     batch = dataclasses.replace(batch, embedding_statistics=fit.statistics[rows])
-    generators = [fit.device] if fit.device.type == "cuda" else []
-    with torch.random.fork_rng(generators), torch.no_grad(), pyro.validation_enabled(False):
+    with machine.random_forked(fit.device), torch.no_grad(), pyro.validation_enabled(False):
         torch.manual_seed(seed)
         return -SequentialELBO(num_particles=PARTICLES).loss(fit.model, fit.guide, batch)
 

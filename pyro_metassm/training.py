@@ -132,8 +132,7 @@ def fit(
     model.to(chosen).train(), guide.to(chosen).train()
     guide.read_in.start(recs, model.observation.kinds)
     threads = machine.threads(num_threads or torch.get_num_threads())
-    generators = [chosen] if chosen.type == "cuda" else []
-    with threads, machine.memory_kept(), torch.random.fork_rng(generators):
+    with threads, machine.memory_kept(), machine.random_forked(chosen):
         torch.manual_seed(seed)
         trainer = Trainer(model, guide, recs, options, chosen)
         trainer.check_program()

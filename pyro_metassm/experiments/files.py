@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,6 +12,7 @@ import numpy as np
 from pyro_metassm import io, likelihoods, metrics, saving
 from pyro_metassm.experiments import report
 from pyro_metassm.guides import DKF
+from pyro_metassm.likelihoods.base import is_family
 from pyro_metassm.models import MetaSSM
 from pyro_metassm.observations import counted
 from pyro_metassm.posterior import forecast, posterior
@@ -23,9 +23,7 @@ from pyro_metassm.training import fit
 FAMILIES: dict[str, type[likelihoods.Likelihood]] = {
     re.sub("(?<=[a-z])(?=[A-Z])", "-", name).lower(): family
     for name, family in vars(likelihoods).items()
-    if inspect.isclass(family)
-    and issubclass(family, likelihoods.Likelihood)
-    and not inspect.isabstract(family)
+    if is_family(family)
 }
 """The families that can be asked for on the command line: classes by their names, ``negative-binomial`` for one."""
 

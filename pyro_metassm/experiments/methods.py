@@ -191,11 +191,10 @@ def adapt_plainly(fit: Fit, new: Recordings, steps: Steps, seed: int, num_thread
     Returns:
         a fit that knows the new recordings alone.
     """
-    devices = [fit.device] if fit.device.type == "cuda" else []
     with (
         machine.threads(num_threads or torch.get_num_threads()),
         machine.memory_kept(),
-        torch.random.fork_rng(devices),
+        machine.random_forked(fit.device),
     ):
         torch.manual_seed(seed)
         model, guide = for_recordings(fit.model, fit.guide, NeuronTable.of(new))

@@ -16,6 +16,11 @@ from pyro_metassm.recordings import Recording, Recordings
 SHARE = 0.5  # of a neuron's standard deviation that starts as noise: the dynamics are to explain the rest
 
 
+def is_family(thing: object) -> bool:
+    """Whether it is a class of likelihoods that can be made."""
+    return inspect.isclass(thing) and issubclass(thing, Likelihood) and not inspect.isabstract(thing)
+
+
 class Likelihood(nn.Module, ABC):
     """A family of observations.
 
@@ -30,7 +35,7 @@ class Likelihood(nn.Module, ABC):
     @staticmethod
     def checked(family: type[Likelihood]) -> type[Likelihood]:
         """The family, if it is a class that can be made; else ``ValueError``."""
-        if not (isinstance(family, type) and issubclass(family, Likelihood)) or inspect.isabstract(family):
+        if not is_family(family):
             raise ValueError(
                 "likelihood: needed a class of pyro_metassm.likelihoods, such as likelihoods.Poisson or "
                 f"likelihoods.Mixed.of({{...}}), got {family!r}"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping
 from fnmatch import fnmatchcase
@@ -14,7 +13,7 @@ from pyro.distributions import TorchDistribution
 from torch import Tensor, nn
 
 from pyro_metassm import _checks as checks
-from pyro_metassm.likelihoods.base import Likelihood
+from pyro_metassm.likelihoods.base import Likelihood, is_family
 from pyro_metassm.likelihoods.side_by_side import Part, SideBySide, of_rows
 from pyro_metassm.neurons import NeuronTable
 from pyro_metassm.recordings import Recording, Recordings
@@ -191,8 +190,7 @@ def _families(given: Any) -> list[type[Likelihood]]:
         entries += value.items() if isinstance(value, Mapping) and value else [(name, value)]
     found: list[type[Likelihood]] = []
     for name, family in entries:
-        sound = isinstance(family, type) and issubclass(family, Likelihood) and not inspect.isabstract(family)
-        if not isinstance(name, str) or not sound or issubclass(family, Mixed):
+        if not isinstance(name, str) or not is_family(family) or issubclass(family, Mixed):
             raise ValueError(f"{what} got {name!r}: {family!r}")
         if family in found:
             continue
