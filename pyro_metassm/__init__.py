@@ -9,6 +9,7 @@ from pyro_metassm import simulate as simulate
 from pyro_metassm import transitions as transitions
 from pyro_metassm.adaptation import adapt as adapt
 from pyro_metassm.calibrating import calibration as calibration
+from pyro_metassm.checkpoints import CheckpointError as CheckpointError
 from pyro_metassm.comparing import compare as compare
 from pyro_metassm.for_arviz import to_arviz as to_arviz
 from pyro_metassm.joining import join as join

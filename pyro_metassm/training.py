@@ -5,9 +5,11 @@ from __future__ import annotations
 import copy
 import math
 import time
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyro
@@ -16,24 +18,29 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from pyro_metassm import _checks as checks
+from pyro_metassm import _interrupts as interrupts
 from pyro_metassm import _machine as machine
-from pyro_metassm import checkpoints, sites
+from pyro_metassm import sites
 from pyro_metassm import warm_start as starts
+from pyro_metassm.checkpoints import CheckpointError, Run
 from pyro_metassm.elbo import SequentialELBO
 from pyro_metassm.guides.base import AmortizedGuide
-from pyro_metassm.history import History
+from pyro_metassm.history import History, narrowed
 from pyro_metassm.models.meta_ssm import MetaSSM
-from pyro_metassm.optimizers import adam, one_cycle
+from pyro_metassm.optimizers import adam, one_cycle, skip_where
 from pyro_metassm.recordings import Batch, Recordings, sample_trials
 from pyro_metassm.result import Fit, embedding_statistics
 from pyro_metassm.rollouts import rollout_errors
+from pyro_metassm.specification import specification
 
 SLOW = 0.1  # learning rate of started dynamics, relative to the rest
 SETTLE = 10  # steps after which a GPU is asked for their numbers; a CPU is asked after each
+TRACED = 20  # skipped steps whose recordings and trials are looked at one by one
+PATIENCE = 5  # steps in a row without a finite loss and gradient, at which a fit gives up
 
 
 class NonFiniteLossError(RuntimeError):
-    """The loss left the finite numbers; ``.fit`` is the last good state, usable as any fit."""
+    """The loss left the finite numbers for good; ``.fit`` is the last good state, usable as any fit."""
 
     def __init__(self, message: str, fit: Fit):
         super().__init__(message)
@@ -68,6 +75,15 @@ def fit(
     roll-outs of the dynamics in tied frames), then the full model is trained by SVI: Adam, one cycle of the learning
     rate, gradient clipping, sub-sampled trials. The arguments are left as they were: the result holds trained copies.
 
+    A step whose loss or gradient is not finite is not taken: ``attrs["skipped"]`` of the result lists such steps, with
+    recordings and trials. Five in a row end the fit.
+
+    Ctrl-C stops after the step and returns the fit so far, ``attrs["interrupted_at"]``; a second one raises at once.
+
+    With ``checkpoint`` a fit that was ended, at whatever moment, is taken up by the same call, and has the history and
+    the parameters of one that was not, to the bit, on the same machine. Every state is written beside the last two and
+    then renamed; states of a fit of other options, data, model or guide are refused, not overwritten.
+
     Args:
         model: a :class:`~pyro_metassm.models.MetaSSM` or an edit of it.
         guide: its guide.
@@ -84,8 +100,8 @@ def fit(
         seed: of everything random in the fit; the same seed on one machine gives the same numbers.
         device: "cpu", "cuda", or "auto" (a GPU where there is one).
         num_threads: threads while fitting; None takes PyTorch's present number (``torch.get_num_threads()``).
-        checkpoint: folder to save the state in every ``checkpoint_every`` steps; a folder that holds the state of
-            the same fit is resumed.
+        checkpoint: folder to save the state in, after the warm start and every ``checkpoint_every`` steps; a folder
+            that holds states of the same fit is resumed.
         progress: show a progress bar.
 
     Returns:
@@ -93,8 +109,10 @@ def fit(
 
     Raises:
         ValueError: recordings that the model does not know or its likelihood cannot have produced, a guide that is not
-            amortised, a latent site without a partner, nothing to train, arguments out of range.
-        NonFiniteLossError: naming step and recording; ``error.fit`` is the last good state.
+            amortised, a latent site without a partner, nothing to train, arguments out of range, a checkpoint that
+            cannot be read, is of another fit, or is being written by one.
+        NonFiniteLossError: naming step, recording and trial; ``error.fit`` is the last good state.
+        CheckpointError: a full disk; ``error.fit`` is the fit so far.
 
     Example:
         >>> import pyro_metassm as pm
@@ -132,28 +150,37 @@ def fit(
     model.to(chosen).train(), guide.to(chosen).train()
     guide.read_in.start(recs, model.observation.kinds)
     threads = machine.threads(num_threads or torch.get_num_threads())
-    with threads, machine.memory_kept(), machine.random_forked(chosen):
+    with threads, machine.memory_kept(), machine.random_forked(chosen), interrupts.deferred() as stop:
         torch.manual_seed(seed)
         trainer = Trainer(model, guide, recs, options, chosen)
         trainer.check_program()
-        with tqdm(total=num_steps, disable=not progress, desc="fit", dynamic_ncols=True) as bar:
-            if not (checkpoint is not None and checkpoints.resume(checkpoint, trainer)) and warm_start:
-                trainer.warm_start(bar)
-            bar.update(trainer.step)
-            while trainer.step < num_steps:
-                trainer.take_step()
-                if validation is not None and (
-                    trainer.step % validation_every == 0 or trainer.step == num_steps
-                ):
-                    trainer.validate(validation)
-                if checkpoint is not None and (
-                    trainer.step % checkpoint_every == 0 or trainer.step == num_steps
-                ):
-                    checkpoints.save(checkpoint, trainer)
-                bar.update()
-                if trainer.step % SETTLE == 0:
-                    bar.set_postfix(trainer.progress(), refresh=False)
-        trainer.settle()
+        told = specification(model, guide, recs, options, validation, validation_every)
+        with (
+            Run(checkpoint, told) as run,
+            tqdm(total=num_steps, disable=not progress, desc="fit", dynamic_ncols=True) as bar,
+        ):
+            try:
+                if not run.resume(trainer) and warm_start:
+                    trainer.warm_start(bar, stop)
+                    if not stop.requested:  # a start that was cut short is no state of this fit
+                        run.save(trainer)
+                bar.update(trainer.step)
+                while trainer.step < num_steps and not stop.requested:
+                    trainer.take_step()
+                    last = trainer.step == num_steps
+                    if validation is not None and (trainer.step % validation_every == 0 or last):
+                        trainer.validate(validation)
+                    if trainer.step % checkpoint_every == 0 or last or (stop.requested and trainer.step > 0):
+                        run.save(trainer)
+                    bar.update()
+                    if trainer.step % SETTLE == 0:
+                        bar.set_postfix(trainer.progress(), refresh=False)
+            except CheckpointError as error:
+                error.fit = trainer.result()
+                raise
+        trainer.finish()
+        if stop.requested:
+            trainer.stopped(checkpoint is not None)
         return trainer.result()
 
 
@@ -208,6 +235,7 @@ class Trainer:
         self.last_good = [p.detach().clone() for p in self.parameters]
         self.scale = _observed_numbers(recs)  # the loss is per number observed
         self.validated: float | None = None
+        self.notes: dict[str, Any] = {}  # for the result's attrs
 
     @property
     def dtype(self) -> torch.dtype:
@@ -227,19 +255,20 @@ class Trainer:
                 raise ValueError("\n".join(found))
             self.elbo.terms(self.model, self.guide, batch)
 
-    def warm_start(self, bar: tqdm) -> None:
-        """The start from the data (:mod:`pyro_metassm.warm_start`)."""
+    def warm_start(self, bar: tqdm, stop: interrupts.Stop) -> None:
+        """The start from the data (:mod:`pyro_metassm.warm_start`), cut short where a stop is asked for."""
         begin = time.perf_counter()
         num_steps, total, done = self.options.warm_start_steps, bar.total, 0
         bar.reset(num_steps)
         bar.set_description("start")
 
-        def on_step(loss: float) -> None:
+        def on_step(loss: float) -> bool:
             nonlocal done
             done += 1
             bar.update()
             if done % 10 == 0:
                 bar.set_postfix({"roll-out error": f"{loss:.3g}"}, refresh=False)
+            return stop.requested
 
         starts.initialise(
             self.model,
@@ -270,11 +299,13 @@ class Trainer:
         norm = nn.utils.clip_grad_norm_(self.parameters, self.options.clip_norm)
         values = {"elbo": terms.elbo, "log_likelihood": terms.log_likelihood}
         values |= {f"kl_{site}": kl for site, kl in terms.kl.items()} | {"gradient_norm": norm}
-        self.history.add(self.step + 1, values, terms.by_recording, names)
+        self.history.add(self.step + 1, values, terms.finite, {name: trials[name] for name in names})
         if len(self.history.waiting) >= self.settle_every:
             self.settle()
-            self.keep()
+            if not self.history.skipped_last:
+                self.keep()
         rate = self.optimizer.param_groups[-1]["lr"]
+        skip_where(self.optimizer, ~(terms.elbo.detach().isfinite() & norm.isfinite()))
         self.optimizer.step()
         self.schedule.step()
         self.step += 1
@@ -292,19 +323,62 @@ class Trainer:
         return 0.0
 
     def settle(self) -> None:
-        """Fetch the numbers of the last steps, and stop at the last good state if one is not finite."""
-        trouble = self.history.settle()
-        if trouble is None:
+        """Fetch the numbers of the last steps; give up at the last good state if too many in a row are not finite."""
+        known = len(self.history.skipped)
+        self.history.settle()
+        for number in range(known, min(len(self.history.skipped), TRACED)):
+            self.history.skipped[number] = narrowed(self.history.skipped[number], self.is_finite)
+        skipped = self.history.skipped_last
+        if len(skipped) < PATIENCE:
             return
+        self.go_back()
+        self.history.cut(skipped[0].step)
+        raise NonFiniteLossError(
+            f"fit: {skipped[0]}, nor at the {len(skipped) - 1} steps after it; the last good state is in this error's "
+            ".fit; try a smaller learning_rate, or look for extreme values in these recordings",
+            self.result(),
+        )
+
+    def is_finite(self, name: str, trials: list[int], what: str) -> bool:
+        """Whether the loss ("loss") of some trials of a recording, or its gradient, is finite as the fit stands."""
+        with machine.random_forked(self.device), pyro.validation_enabled(False):
+            batch = self.batch(names=[name], trials={name: trials})
+            with torch.set_grad_enabled(what == "gradient"):
+                terms = self.elbo.terms(self.model, self.guide, batch)
+                loss = self.penalty(terms, batch) - terms.elbo / self.scale
+            found = [loss]
+            if what == "gradient":
+                found += [
+                    g for g in torch.autograd.grad(loss, self.parameters, allow_unused=True) if g is not None
+                ]
+            return all(bool(value.isfinite().all()) for value in found)
+
+    def finish(self) -> None:
+        """Fetch what is left of the numbers, and tell of steps that were skipped."""
+        self.settle()
+        if self.history.skipped_last:
+            self.go_back()  # nobody knows whether the parameters since then are any good
+        if skipped := self.history.skipped:
+            self.notes["skipped"] = self.history.skipped_as_plain()
+            warnings.warn(
+                f"fit: {len(skipped)} of {self.step} steps skipped; first, {skipped[0]}; attrs['skipped'] lists them",
+                stacklevel=3,
+            )
+
+    def stopped(self, saved: bool) -> None:
+        """Tell that this is not all of the fit."""
+        self.notes["interrupted_at"] = self.step
+        goes_on = ("; the same call again goes on from here" if self.step else "") if saved else ""
+        warnings.warn(
+            f"fit: interrupted at step {self.step} of {self.options.num_steps}, this is the fit so far{goes_on}",
+            stacklevel=3,
+        )
+
+    def go_back(self) -> None:
+        """To the last good state."""
         with torch.no_grad():
             for kept, parameter in zip(self.last_good, self.parameters, strict=True):
                 parameter.copy_(kept)
-        raise NonFiniteLossError(
-            f"fit: the {trouble.what} was not finite at step {trouble.step}, recording(s) "
-            f"{', '.join(trouble.names) or 'unknown'}; the last good state is in this error's .fit; try a smaller "
-            "learning_rate, or look for extreme values in these recordings",
-            self.result(),
-        )
 
     def keep(self) -> None:
         """Remember the parameters as the last good state."""
@@ -336,7 +410,7 @@ class Trainer:
             self.history.dataset(**attrs),
             statistics,
             seed=self.options.seed,
-            attrs={"bin_width": self.recs.bin_width, "rollout_error": errors},
+            attrs={"bin_width": self.recs.bin_width, "rollout_error": errors} | self.notes,
         )
 
 

@@ -162,9 +162,12 @@ def from_scratch(known: Fit, few: Recordings, *, num_steps: int, seed: int, prog
         "progress": progress,
     }
     try:
-        return fit(model, guide, few, device=known.device, **options)
+        alone = fit(model, guide, few, device=known.device, **options)
     except NonFiniteLossError as error:  # as little data as this may do it
         return error.fit
+    if "interrupted_at" in alone.attrs:
+        raise KeyboardInterrupt
+    return alone
 
 
 # ---- parts -----------------------------------------------------------------------------------------------
