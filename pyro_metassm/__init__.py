@@ -24,7 +24,7 @@ from pyro_metassm.restarts import Restarts as Restarts
 from pyro_metassm.restarts import fit_restarts as fit_restarts
 from pyro_metassm.result import Fit as Fit
 from pyro_metassm.saving import load as load
-from pyro_metassm.training import NonFiniteLossError as NonFiniteLossError
+from pyro_metassm.trainer import NonFiniteLossError as NonFiniteLossError
 from pyro_metassm.training import fit as fit
 
 __version__ = "0.1.0"

@@ -24,7 +24,7 @@ from pyro_metassm.read_outs import ReadOutPrior, fit_read_outs, kinds_of, rows_o
 from pyro_metassm.rebuilding import for_recordings, joined, tables
 from pyro_metassm.recordings import Batch, Recordings
 from pyro_metassm.result import Fit, embedding_statistics
-from pyro_metassm.training import Options, Trainer
+from pyro_metassm.trainer import Options, Trainer
 from pyro_metassm.warm_start import natural_frames, write_read_in, write_read_outs
 
 PARTS = ("read_in", "read_out", "embedding")

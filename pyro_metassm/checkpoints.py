@@ -81,14 +81,14 @@ class Run:
             self._check(path, header)
             try:
                 _restore(trainer, header, tensors)
-            except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+            except Exception as error:  # of torch and NumPy: a file may say anything
                 raise ValueError(f"checkpoint {path}: needed the state of a fit, got {error!r}") from error
             if unreadable:
                 warnings.warn(
                     f"{unreadable[0]}; the fit is taken up from {path.name}, step {trainer.step}",
                     stacklevel=3,
                 )
-            self._warn_of_environment(path, header["environment"], trainer.device)
+            self._warn_of_environment(path, header.get("environment"), trainer.device)
             return True
         if unreadable:
             raise ValueError(
@@ -137,9 +137,9 @@ class Run:
                 f"in {told}); choose another folder, or delete this one"
             )
 
-    def _warn_of_environment(self, path: Path, then: dict[str, str], device: torch.device) -> None:
+    def _warn_of_environment(self, path: Path, then: Any, device: torch.device) -> None:
         now = specifications.environment(device)
-        if then != now:
+        if isinstance(then, dict) and then != now:
             warnings.warn(
                 f"checkpoint {path} was written elsewhere ({specifications.differences(now, then)}): the fit goes "
                 "on, but its numbers may not be those of an uninterrupted one to the last digit",
@@ -201,8 +201,8 @@ def _restore(trainer, header: dict, tensors: dict[str, torch.Tensor]) -> None:
     columns = {k: v.tolist() for k, v in _part(tensors, "history.").items()}
     trainer.history = History.of_plain(columns, header["skipped"])
     trainer.step, trainer.seconds, trainer.validated = header["step"], header["seconds"], header["validated"]
-    for index, kept in enumerate(trainer.last_good):
-        kept.copy_(tensors[f"last_good.{index}"])
+    for number, kept in enumerate(trainer.last_good):
+        kept.copy_(tensors[f"last_good.{number}"])
 
 
 def _read(path: Path) -> tuple[dict, dict[str, torch.Tensor]]:
@@ -236,7 +236,7 @@ def _digest(text: str, tensors: dict[str, torch.Tensor]) -> str:
     found = hashlib.blake2b(text.encode(), digest_size=16)
     for name in sorted(tensors):
         found.update(name.encode())
-        found.update(tensors[name].reshape(-1).view(torch.uint8).numpy())
+        found.update(tensors[name].reshape(-1).view(torch.uint8).numpy().data)
     return found.hexdigest()
 
 

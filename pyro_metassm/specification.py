@@ -85,7 +85,7 @@ def plain(value: Any) -> Any:
     if isinstance(value, np.generic):
         value = value.item()
     if isinstance(value, type):
-        families = plain(value.families) if getattr(value, "made_by_of", False) else None
+        families = plain(value.families) if getattr(value, "made_by_of", False) else None  # type: ignore[attr-defined]
         name = f"{value.__module__}.{value.__qualname__}"
         return name if families is None else [name, families]
     if isinstance(value, float) and not math.isfinite(value):
@@ -155,7 +155,7 @@ def _source(cls: type) -> str | None:
 
 def _flat(entries: dict) -> dict:
     """One level of nested entries as ``outer.inner``."""
-    found = {}
+    found: dict[str, Any] = {}
     for outer, value in entries.items():
         inside = value if isinstance(value, dict) else {"": value}
         found |= {f"{outer}.{inner}".rstrip("."): entry for inner, entry in inside.items()}

@@ -20,7 +20,7 @@ import pyro_metassm as pm
 from pyro_metassm import checkpoints, specification, writing
 from pyro_metassm.checkpoints import Run
 from pyro_metassm.recordings import Recording, Recordings
-from pyro_metassm.training import Options, Trainer
+from pyro_metassm.trainer import Options, Trainer
 
 SHORT = {"warm_start": False, "num_steps": 6, "trials_per_step": 2, "progress": False}
 

@@ -19,7 +19,8 @@ from pyro_metassm.posterior import forecast, posterior
 from pyro_metassm.rebuilding import construct, for_recordings
 from pyro_metassm.recordings import Recording, Recordings
 from pyro_metassm.result import Fit
-from pyro_metassm.training import NonFiniteLossError, fit
+from pyro_metassm.trainer import NonFiniteLossError
+from pyro_metassm.training import fit
 
 MOST = 128  # test trials of a recording, where their number is not asked for
 START = 500  # steps of the warm start of a model from scratch

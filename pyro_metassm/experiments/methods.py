@@ -18,7 +18,7 @@ from pyro_metassm.neurons import NeuronTable
 from pyro_metassm.rebuilding import for_recordings
 from pyro_metassm.recordings import Recordings
 from pyro_metassm.result import Fit
-from pyro_metassm.training import NonFiniteLossError, Options, Trainer
+from pyro_metassm.trainer import NonFiniteLossError, Options, Trainer
 from pyro_metassm.training import fit as library_fit
 
 
