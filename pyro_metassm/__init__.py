@@ -9,6 +9,7 @@ from pyro_metassm import simulate as simulate
 from pyro_metassm import transitions as transitions
 from pyro_metassm.adaptation import adapt as adapt
 from pyro_metassm.calibrating import calibration as calibration
+from pyro_metassm.checkpoints import CheckpointError as CheckpointError
 from pyro_metassm.comparing import compare as compare
 from pyro_metassm.for_arviz import to_arviz as to_arviz
 from pyro_metassm.joining import join as join
@@ -23,7 +24,7 @@ from pyro_metassm.restarts import Restarts as Restarts
 from pyro_metassm.restarts import fit_restarts as fit_restarts
 from pyro_metassm.result import Fit as Fit
 from pyro_metassm.saving import load as load
-from pyro_metassm.training import NonFiniteLossError as NonFiniteLossError
+from pyro_metassm.trainer import NonFiniteLossError as NonFiniteLossError
 from pyro_metassm.training import fit as fit
 
 __version__ = "0.1.0"

@@ -24,10 +24,11 @@ from pyro_metassm.read_outs import ReadOutPrior, fit_read_outs, kinds_of, rows_o
 from pyro_metassm.rebuilding import for_recordings, joined, tables
 from pyro_metassm.recordings import Batch, Recordings
 from pyro_metassm.result import Fit, embedding_statistics
-from pyro_metassm.training import Options, Trainer
+from pyro_metassm.trainer import Options, Trainer
 from pyro_metassm.warm_start import natural_frames, write_read_in, write_read_outs
 
 PARTS = ("read_in", "read_out", "embedding")
+OF_ONE_FIT = ("skipped", "interrupted_at")  # attributes that tell of the steps of a fit, not of what it found
 
 
 def adapt(
@@ -128,7 +129,7 @@ def adapt(
         while trainer.step < num_steps:
             trainer.take_step()
             bar.update()
-        trainer.settle()
+        trainer.finish()
         return trainer.result()
 
 
@@ -296,11 +297,12 @@ class Adapter(Trainer):
         model, guide = joined((self.fit.model, self.fit.guide), (self.model, self.guide))
         seconds = {f"{part}_seconds": self.seconds[part] for part in ("search", "svi")}
         report = self.fit.attrs.get("adaptation", {}) | self.report
+        kept = {key: value for key, value in self.fit.attrs.items() if key not in OF_ONE_FIT}
         return Fit(
             model.eval(),
             guide.eval(),
             self.history.dataset(**seconds, num_observed=self.scale),
             torch.cat([self.fit.statistics, statistics]),
             self.options.seed,
-            self.fit.attrs | {"adaptation": report},
+            kept | {"adaptation": report} | self.notes,
         )

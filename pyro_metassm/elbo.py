@@ -24,6 +24,7 @@ class Terms:
         log_likelihood: of all observed sites.
         kl: divergence by latent site.
         by_recording: the ELBO of each recording of the batch, scaled as in the sum, ``(R,)``.
+        finite: which trials' terms are all finite numbers, ``(R, K)`` bool; the rest of the sum is not told apart.
         embedding: the value drawn for the embedding.
         values: those drawn for all latent sites.
     """
@@ -32,6 +33,7 @@ class Terms:
     log_likelihood: Tensor
     kl: dict[str, Tensor]
     by_recording: Tensor
+    finite: Tensor
     embedding: Tensor
     values: dict[str, Tensor]
 
@@ -57,6 +59,7 @@ class SequentialELBO(ELBO):
             raise ValueError(found[0])
         log_likelihood: Tensor = torch.zeros(())
         by_recording: Tensor = torch.zeros(())
+        finite: Tensor = torch.ones((), dtype=torch.bool)
         kl = {}
         for name, site in model_trace.nodes.items():
             if site["type"] != "sample":
@@ -72,9 +75,11 @@ class SequentialELBO(ELBO):
                 by_recording = by_recording + term.sum(
                     tuple(d for d in range(term.dim()) if d != term.dim() - 2)
                 )
+                good = term.detach().isfinite()
+                finite = finite & (good if good.dim() == 2 else good.flatten(0, -3).all(0))
         elbo = log_likelihood - sum(kl.values())
         values = {name: guide_trace.nodes[name]["value"] for name in kl}
-        return Terms(elbo, log_likelihood, kl, by_recording.detach(), values["embedding"], values)
+        return Terms(elbo, log_likelihood, kl, by_recording.detach(), finite, values["embedding"], values)
 
     def loss(self, model, guide, *args, **kwargs) -> float:
         """Minus the ELBO as a number."""

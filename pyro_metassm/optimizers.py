@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+from torch import Tensor
 from torch.optim import Adam, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
@@ -33,3 +34,16 @@ def adam(parameters: list, **options) -> Adam:
     """Adam in one pass over all parameters where the device has it: many small ones otherwise cost a step's time."""
     first = parameters[0]["params"][0] if isinstance(parameters[0], dict) else parameters[0]
     return Adam(parameters, fused=first.device.type in ("cpu", "cuda"), **options)
+
+
+def skip_where(optimizer: Adam, bad: Tensor) -> None:
+    """Let the next step of :func:`adam` leave everything as it is where ``bad`` is true, without a look at it.
+
+    It is the way in which a scaler of gradients skips steps; a device whose Adam is not in one pass takes the step.
+
+    Args:
+        optimizer: of :func:`adam`.
+        bad: a bool on the device of the parameters.
+    """
+    if optimizer.defaults["fused"]:
+        optimizer.found_inf = bad.float()  # type: ignore[attr-defined]

@@ -175,8 +175,10 @@ def fit_restarts(
         except Exception as error:
             error.add_note(f"in restart {chain}, seed {seed + chain}")
             raise
+        if "interrupted_at" in fits[-1].attrs:  # Ctrl-C was meant for all of them
+            break
     elbo = np.array([held_out_elbo(one, validation, seed) for one in fits])
-    return together(fits, xr.DataArray(elbo, {"chain": np.arange(num_restarts)}, "chain"), recs)
+    return together(fits, xr.DataArray(elbo, {"chain": np.arange(len(fits))}, "chain"), recs)
 
 
 def together(fits: list[Fit], elbo: xr.DataArray, recs: Recordings) -> Restarts:

@@ -20,12 +20,12 @@ import numpy as np
 import torch
 import xarray as xr
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save as to_bytes
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from pyro_metassm import _checks as checks
-from pyro_metassm import guides, likelihoods, models
+from pyro_metassm import guides, likelihoods, models, writing
 from pyro_metassm.guides import encoders
 from pyro_metassm.neurons import NeuronTable
 from pyro_metassm.rebuilding import build, check_config
@@ -101,20 +101,23 @@ def save(fit: Fit, path: str | os.PathLike[str]) -> None:
     }
     folder = Path(path)
     folder.mkdir(parents=True, exist_ok=True)
-    parts = [folder / f"{name}.part" for name in (TENSORS, HEADER)]
     try:
         # Copies: tensors that share memory are saved each on its own.
-        save_file({k: v.detach().cpu().clone().contiguous() for k, v in tensors.items()}, parts[0])
-        header["sha256"] = _digest(parts[0])
-        parts[1].write_text(json.dumps(header, indent=1, allow_nan=False), encoding="utf-8")
-        for part in parts:
-            with open(part, "rb+") as file:
-                os.fsync(file.fileno())
-        for part in parts:
-            os.replace(part, part.with_suffix(""))
-    finally:
-        for part in parts:
-            part.unlink(missing_ok=True)
+        data = to_bytes({k: v.detach().cpu().clone().contiguous() for k, v in tensors.items()})
+        header["sha256"] = hashlib.sha256(data).hexdigest()
+        text = json.dumps(header, indent=1, allow_nan=False)
+        writing.write_part(folder / TENSORS, data)
+        writing.write_part(folder / HEADER, text.encode())
+        # Cut off between these two, the folder holds all of the new save, its header under the name of a part.
+        writing.commit(folder / TENSORS)
+        writing.commit(folder / HEADER)
+    except OSError as error:
+        if writing.part_of(folder / TENSORS).exists():  # what was there before still is
+            for name in (TENSORS, HEADER):
+                writing.part_of(folder / name).unlink(missing_ok=True)
+        raise OSError(
+            f"{folder}: the fit could not be saved: {error}; a fit that was there still is"
+        ) from error
 
 
 def load(
@@ -139,9 +142,9 @@ def load(
             ``custom``.
     """
     folder = Path(path)
-    for name in (HEADER, TENSORS):
-        if not (folder / name).is_file():
-            raise FileNotFoundError(f"{folder / name}: no such file; needed a folder that fit.save wrote")
+    for path in (folder / HEADER, folder / TENSORS):
+        if not path.is_file() and not (path.name == HEADER and writing.part_of(path).is_file()):
+            raise FileNotFoundError(f"{path}: no such file; needed a folder that fit.save wrote")
     chosen = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
     try:
         return _load(folder, _custom(custom), chosen)
@@ -150,18 +153,15 @@ def load(
 
 
 def _load(folder: Path, custom: Mapping[str, type], device: torch.device) -> Fit:
-    if (folder / HEADER).stat().st_size > LARGEST_HEADER:
-        raise ValueError(f"{HEADER}: needed at most {LARGEST_HEADER} bytes, got more")
-    header = json.loads((folder / HEADER).read_text(encoding="utf-8"))
-    if not isinstance(header, dict) or type(header.get("format")) is not int:
-        raise ValueError(f"{HEADER}: needed an object with a number `format`, got something else")
-    if header["format"] > FORMAT:
-        raise ValueError(
-            f"{HEADER}: needed format {FORMAT} or older, got {header['format']}, written by "
-            f"{header.get('versions')}; update pyro-metassm"
-        )
-    if _get(header, "sha256", str) != _digest(folder / TENSORS):
+    digest, found = _digest(folder / TENSORS), []
+    for path in (folder / HEADER, writing.part_of(folder / HEADER)):
+        if path.is_file():
+            found.append(_read_header(path))
+            if _get(found[-1], "sha256", str) == digest:
+                break
+    else:
         raise ValueError(f"{TENSORS} is damaged, or of another save than {HEADER}; copy the folder again")
+    header = found[-1]
     names = [checks.name_of(name) for name in _get(header, "names", list)]
     num_neurons = _get(header, "num_neurons", list)
     if len(set(names)) < len(names) or not all(type(count) is int and count > 0 for count in num_neurons):
@@ -193,6 +193,20 @@ def _load(folder: Path, custom: Mapping[str, type], device: torch.device) -> Fit
         statistics = file.get_tensor("statistics")
     attrs = _dict(header, "attrs", custom)
     return Fit(model, guide, history, statistics, seed=_get(header, "seed", int), attrs=attrs)
+
+
+def _read_header(path: Path) -> dict:
+    if path.stat().st_size > LARGEST_HEADER:
+        raise ValueError(f"{HEADER}: needed at most {LARGEST_HEADER} bytes, got more")
+    header = json.loads(path.read_text(encoding="utf-8"))
+    if not isinstance(header, dict) or type(header.get("format")) is not int:
+        raise ValueError(f"{HEADER}: needed an object with a number `format`, got something else")
+    if header["format"] > FORMAT:
+        raise ValueError(
+            f"{HEADER}: needed format {FORMAT} or older, got {header['format']}, written by "
+            f"{header.get('versions')}; update pyro-metassm"
+        )
+    return header
 
 
 def _history(entry: dict, file: Any, custom: Mapping[str, type]) -> xr.Dataset:
@@ -333,9 +347,15 @@ def _class(name: str, module: str, custom: Mapping[str, type]) -> type:
     if name not in custom:
         raise ValueError(
             f"needed the class {name} (from {module}), which is not the library's, got "
-            f"{checks.some(list(custom)) or 'none'}; define or import it and pass custom=[{name}]"
+            f"{checks.some(list(custom)) or 'none'}; {_how_to_have(name, module)} and pass custom=[{name}]"
         )
     return custom[name]
+
+
+def _how_to_have(name: str, module: str) -> str:
+    if module == "__main__":
+        return "define it as in the notebook or script that made the fit"
+    return f"`from {module} import {name}`"
 
 
 def _custom(classes: Iterable[type]) -> dict[str, type]:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from pyro_metassm.frames import RIDGE, Frames, canonical_frames
-from pyro_metassm.optimizers import adam, one_cycle
+from pyro_metassm.optimizers import adam, one_cycle, skip_where
 from pyro_metassm.read_outs import Units, fit_read_outs, kinds_of, rows_of, second_moments
 from pyro_metassm.recordings import Batch, Recordings
 from pyro_metassm.windows import TiedFrames, Windows, growing
@@ -31,7 +31,7 @@ def initialise(
     num_steps: int,
     seed: int,
     device: torch.device,
-    on_step: Callable[[float], None],
+    on_step: Callable[[float], bool],
 ) -> None:
     """Start ``model`` and ``guide`` in place from the training data.
 
@@ -44,7 +44,7 @@ def initialise(
         num_steps: steps of the dynamics-first stage.
         seed: of the windows drawn.
         device: where to compute.
-        on_step: called after every step with the roll-out loss, which is read every tenth step.
+        on_step: called after every step with the roll-out loss, which is read every tenth step; true ends the stage.
     """
     with guide.global_sites.as_parameters(model):
         _initialise(model, guide, recs, num_steps, seed, device, on_step)
@@ -116,7 +116,7 @@ class DynamicsFirst(TiedFrames):
         if len(step) > 1 and hasattr(guide.encode_embedding, "step_scale"):
             guide.encode_embedding.step_scale.copy_(step.std(0).clamp(min=1e-3))
 
-    def run(self, num_steps: int, rng: torch.Generator, on_step: Callable[[float], None]) -> None:
+    def run(self, num_steps: int, rng: torch.Generator, on_step: Callable[[float], bool]) -> None:
         model, guide = self.parts
         own = {id(p) for part in (model.read_out, model.observation) for p in part.parameters()}
         networks = [p for p in model.parameters() if id(p) not in own] + list(
@@ -130,12 +130,14 @@ class DynamicsFirst(TiedFrames):
             loss = self.loss(growing(step / max(num_steps, 1), self.windows.longest), rng)
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
-            nn.utils.clip_grad_norm_([p for part in parts for p in part], 1.0)
+            norm = nn.utils.clip_grad_norm_([p for part in parts for p in part], 1.0)
+            skip_where(optimizer, ~norm.isfinite())
             optimizer.step()
             schedule.step()
             if step == 0 or (step + 1) % LOOK == 0:
                 seen = float(loss.detach())
-            on_step(seen)
+            if on_step(seen):
+                break
 
     def loss(self, length: int, rng: torch.Generator) -> Tensor:
         model, _ = self.parts

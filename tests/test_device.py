@@ -13,7 +13,7 @@ from problems import recordings
 import pyro_metassm as pm
 from pyro_metassm.guides.encoders import RecurrentEncoder
 from pyro_metassm.recordings import Recording, Recordings
-from pyro_metassm.training import SETTLE, Options, Trainer
+from pyro_metassm.trainer import SETTLE, Options, Trainer
 
 META = torch.device("meta")
 

@@ -5,6 +5,7 @@ import doctest
 import json
 import math
 import os
+import resource
 import struct
 import sys
 from pathlib import Path
@@ -216,16 +217,35 @@ def test_a_crash_while_renaming_never_yields_a_mixture(fit, folder, monkeypatch,
         replaced.append(target)
         os.rename(source, target)
 
-    monkeypatch.setattr(saving.os, "replace", crash)
-    with pytest.raises(OSError, match="power cut"):
-        saving.save(other, folder)
-    assert not list(folder.glob("*.part"))
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", crash)
+        with pytest.raises(OSError, match="power cut"):
+            saving.save(other, folder)
     if at == 0:
+        assert not list(folder.glob("*.part"))
         assert torch.equal(pm.load(folder).statistics, fit.statistics)
-    else:
-        assert Path(replaced[0]).name == "fit.safetensors"  # the header last: it is what makes a fit
-        with pytest.raises(ValueError, match="of another save"):
-            pm.load(folder)
+    else:  # the new header is there, under the name of a part
+        assert Path(replaced[0]).name == "fit.safetensors"
+        assert torch.equal(pm.load(folder).statistics, other.statistics)
+        (folder / "fit.json").unlink()  # as if there had been no fit before
+        assert torch.equal(pm.load(folder).statistics, other.statistics)
+        saving.save(fit, folder)
+        assert torch.equal(pm.load(folder).statistics, fit.statistics)
+        assert not list(folder.glob("*.part"))
+
+
+def test_a_full_disk_leaves_the_fit_that_was_there(fit, folder, monkeypatch):
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2000, limits[1]))
+    try:
+        with pytest.raises(
+            OSError, match=rf"{folder}: the fit could not be saved: .*a fit that was there still is"
+        ):
+            saving.save(dataclasses.replace(fit, seed=9), folder)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert pm.load(folder).seed == 4
+    assert sorted(path.name for path in folder.iterdir()) == ["fit.json", "fit.safetensors"]
 
 
 # ---- files that are no fit ----------------------------------------------------------------------------------

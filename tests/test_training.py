@@ -11,7 +11,7 @@ from problems import recordings
 
 import pyro_metassm as pm
 from pyro_metassm.recordings import Recording, Recordings
-from pyro_metassm.training import Options, Trainer
+from pyro_metassm.trainer import Options, Trainer
 
 
 @pytest.fixture(scope="module")

@@ -19,7 +19,8 @@ from pyro_metassm.posterior import forecast, posterior
 from pyro_metassm.rebuilding import construct, for_recordings
 from pyro_metassm.recordings import Recording, Recordings
 from pyro_metassm.result import Fit
-from pyro_metassm.training import NonFiniteLossError, fit
+from pyro_metassm.trainer import NonFiniteLossError
+from pyro_metassm.training import fit
 
 MOST = 128  # test trials of a recording, where their number is not asked for
 START = 500  # steps of the warm start of a model from scratch
@@ -162,9 +163,12 @@ def from_scratch(known: Fit, few: Recordings, *, num_steps: int, seed: int, prog
         "progress": progress,
     }
     try:
-        return fit(model, guide, few, device=known.device, **options)
+        alone = fit(model, guide, few, device=known.device, **options)
     except NonFiniteLossError as error:  # as little data as this may do it
         return error.fit
+    if "interrupted_at" in alone.attrs:
+        raise KeyboardInterrupt
+    return alone
 
 
 # ---- parts -----------------------------------------------------------------------------------------------

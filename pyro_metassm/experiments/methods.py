@@ -18,7 +18,7 @@ from pyro_metassm.neurons import NeuronTable
 from pyro_metassm.rebuilding import for_recordings
 from pyro_metassm.recordings import Recordings
 from pyro_metassm.result import Fit
-from pyro_metassm.training import NonFiniteLossError, Options, Trainer
+from pyro_metassm.trainer import NonFiniteLossError, Options, Trainer
 from pyro_metassm.training import fit as library_fit
 
 
@@ -148,9 +148,12 @@ def train(
     }
     options |= method.fit
     try:
-        return library_fit(model, guide, recs, seed=seed, num_threads=num_threads, progress=False, **options)
+        fit = library_fit(model, guide, recs, seed=seed, num_threads=num_threads, progress=False, **options)
     except NonFiniteLossError as error:
         return error.fit
+    if "interrupted_at" in fit.attrs:  # a study of half a fit is none
+        raise KeyboardInterrupt
+    return fit
 
 
 def adapt(
@@ -219,5 +222,5 @@ def adapt_plainly(fit: Fit, new: Recordings, steps: Steps, seed: int, num_thread
         trainer = Trainer(model, guide, new, options, fit.device)
         while trainer.step < options.num_steps:
             trainer.take_step()
-        trainer.settle()
+        trainer.finish()
         return trainer.result()

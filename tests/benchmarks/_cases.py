@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 import pyro_metassm as pm
-from pyro_metassm.training import Options, Trainer
+from pyro_metassm.trainer import Options, Trainer
 
 
 @dataclass(frozen=True)
