@@ -29,11 +29,11 @@ class Maps:
         model: a copy that :meth:`Source.maps` made.
         embedding: ``(S, embedding_dim)``.
         row: of the recording in the model's tables; None for an embedding of no recording.
-        shared: values of the model's global sites, of one draw or of each.
+        shared: values of the model's global sites, ``(S, 1, 1, *event)``.
     """
 
     def __init__(self, model: MetaSSM, embedding: Tensor, row: int | None, shared: Mapping[str, Tensor]):
-        self.model, self.shared, self.num_draws = model, shared, len(embedding)
+        self.model, self.shared, self.row, self.num_draws = model, shared, row, len(embedding)
         self.embedding = embedding[:, None, None]  # as the model's plates have it: (S, R = 1, 1, d)
         with torch.no_grad(), model.given(shared):
             if row is None:
@@ -43,6 +43,11 @@ class Maps:
                 self.dynamics = model.dynamics_of(self.embedding, rows)
         plain = type(model).transition is MetaSSM.transition
         self.rolls = plain and isinstance(self.dynamics, AdaptedMLP)
+
+    def subset(self, draws: Tensor) -> Maps:
+        """Those of some draws, integers ``(C,)`` that may repeat."""
+        shared = {name: values[draws] for name, values in self.shared.items()}
+        return Maps(self.model, self.embedding[draws, 0, 0], self.row, shared)
 
     def __call__(self, z: Tensor) -> Tensor:
         """States ``(S, N, latent_dim)`` a bin later."""
@@ -130,7 +135,7 @@ class Source:
         self.dim, self.places = self._places(at, num_draws)
         self.latent_dim = self.model.latent_dim
         number = max(len(place.draws) for place in self.places)
-        self.of_mean = fit.guide.global_sites.medians()
+        self.of_mean = {name: x[None, None, None] for name, x in fit.guide.global_sites.medians().items()}
         self.of_draws = global_draws(fit, number, seed) if number > 1 else self.of_mean
         self.of_mean, self.of_draws = (
             {name: value.detach().double() for name, value in values.items()}
