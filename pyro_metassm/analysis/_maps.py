@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import pyro
 import torch
 import xarray as xr
 from torch import Tensor
@@ -51,7 +52,8 @@ class Maps:
 
     def __call__(self, z: Tensor) -> Tensor:
         """States ``(S, N, latent_dim)`` a bin later."""
-        with self.model.given(self.shared):
+        # Searches may step out of the finite numbers, and validation would take longer than the dynamics.
+        with self.model.given(self.shared), pyro.validation_enabled(False):
             return self.model.transition(z[:, None, :, None], self.dynamics).mean[:, 0, :, 0]
 
     def displacement(self, z: Tensor) -> Tensor:
@@ -85,7 +87,7 @@ class Maps:
 
     def noisy_path(self, num_trials: int, num_bins: int) -> Tensor:
         """Draws of the model's own paths, ``(S, num_trials, num_bins, latent_dim)``."""
-        with torch.no_grad(), self.model.given(self.shared):
+        with torch.no_grad(), self.model.given(self.shared), pyro.validation_enabled(False):
             initial = self.model.initial_state(self.embedding)
             z = initial.expand((self.num_draws, 1, num_trials)).sample().unsqueeze(-2)
             states = [z]

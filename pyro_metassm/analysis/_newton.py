@@ -11,6 +11,7 @@ STEPS = 60
 LEAST_SHARE = 2.0**-8  # of Newton's step: a search that makes no progress with this little has failed
 LONGEST = 0.5  # a step, in units of the region's scale
 RIDGE = 1e-14
+SAME, FLAT = 1e-3, 0.05  # distances over the scale, see `distinct`
 
 
 def roots(maps: Maps, z: Tensor, scale: float, tolerance: float) -> tuple[Tensor, Tensor]:
@@ -63,13 +64,18 @@ def newton_step(slope: Tensor, residual: Tensor) -> Tensor:
     return torch.where(good.unsqueeze(-1), step, torch.zeros_like(step))
 
 
-def distinct(z: Tensor, good: Tensor, distance: float) -> tuple[Tensor, Tensor]:
-    """The different ones among points of every draw: those that are farther apart than ``distance``.
+def distinct(maps: Maps, z: Tensor, good: Tensor, scale: float, tolerance: float) -> tuple[Tensor, Tensor]:
+    """The different ones among solutions of every draw.
+
+    Two are one if they are within 1e-3 of the scale; or within 0.05, and so is what lies halfway: where solutions are
+    about to merge, ``f(z) - z`` is flat, and its zero is no better known.
 
     Args:
+        maps: of S draws.
         z: ``(S, N, latent_dim)``.
         good: ``(S, N)``; others are left out.
-        distance: the first of the points within this of each other is kept.
+        scale: of the region.
+        tolerance: of a solution.
 
     Returns:
         ``(S, F, latent_dim)`` and which of them are there ``(S, F)``, F the largest number of a draw.
@@ -77,11 +83,14 @@ def distinct(z: Tensor, good: Tensor, distance: float) -> tuple[Tensor, Tensor]:
     left, kept, there = good.clone(), [], []
     rows = torch.arange(len(z), device=z.device)
     while bool(left.any()):
-        first = left.int().argmax(1)
-        point = z[rows, first]
+        point = z[rows, left.int().argmax(1)][:, None]
         there.append(left.any(1))
-        kept.append(point)
-        near = (z - point[:, None]).norm(dim=-1) <= distance
+        kept.append(point[:, 0])
+        apart = (z - point).norm(dim=-1)
+        near = apart <= SAME * scale
+        if bool((left & ~near & (apart <= FLAT * scale)).any()):
+            halfway = maps.displacement((z + point) / 2).norm(dim=-1)
+            near |= (apart <= FLAT * scale) & (halfway <= 10 * tolerance * scale)
         left = left & ~near & there[-1][:, None]
     if not kept:
         return z[:, :0], good[:, :0]

@@ -87,7 +87,7 @@ def closed_orbits(maps: Maps, x: Tensor, scale: float, longest: int, phases: int
         window = int(float(bins[good].max())) + 2 * NODES
         orbit = torch.cat([start, maps.subset(good.nonzero()[:, 0]).path(start, window)[:, 0]], 1)
         times = torch.arange(phases, dtype=x.dtype, device=x.device) / phases
-        path[good] = interpolated(orbit, times * bins[good][:, None])
+        path[good] = interpolated(orbit, times * bins[good][:, None] + 2)  # where there are nodes on either side
     return Cycles(bins, torch.linalg.eigvals(slopes), good, path)
 
 

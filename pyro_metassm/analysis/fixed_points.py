@@ -17,8 +17,7 @@ from pyro_metassm.recordings import Recordings
 from pyro_metassm.result import Fit
 
 TOLERANCE = 1e-9  # of |f(z) - z|, over the scale of the region
-SAME = 1e-3  # distance, over the scale, below which two solutions are one
-GATE = 0.5  # likewise, within which a point of another draw is the same point
+GATE = 0.5  # distance over the scale, within which a point of another draw is the same point
 STARTS_OF_MEAN = 256  # where one search serves all draws
 MISSING = {"num_unstable": -1, "stable": False, "type": "", "probability": 0.0}
 COMPLEX = 1e-9  # imaginary part of an eigenvalue above which it turns
@@ -46,8 +45,8 @@ def fixed_points(
     ``f_e(z) = E[z_{t+1} | z_t = z, e]``. Newton's method with backtracking, in float64 and with exact Jacobians, from
     ``num_starts`` states of every draw (half of them visited, half between two visited ones), and from the fixed points
     of the middle of the draws, which are looked for from 256. A solution has ``|f(z) - z| <= 1e-9`` of the region's
-    scale (the root mean square distance of visited states from their mean); two within 1e-3 of it are one. They are kept
-    in the box around the visited states along their principal axes, widened by 10 % on either side. Of a continuous
+    scale (the root mean square distance of visited states from their mean); two within 1e-3 of it are one, and so are
+    two within 0.05 if what lies halfway is within ten times the tolerance. They are kept in the box around the visited states along their principal axes, widened by 10 % on either side. Of a continuous
     attractor single points are found, as many as the starts lead to.
 
     In different draws a point is the same if it is one in the assignment that minimises the sum of squared distances
@@ -107,7 +106,7 @@ def find(
     z = torch.as_tensor(starts, device=maps.embedding.device).expand(maps.num_draws, -1, -1)
     z, good = roots(maps, z, region.scale, TOLERANCE)
     good = good & torch.as_tensor(region.contains(to_numpy(z)), device=good.device)
-    position, there = distinct(z, good, SAME * region.scale)
+    position, there = distinct(maps, z, good, region.scale, TOLERANCE)
     if not position.shape[1]:
         size = position.shape[-1]
         return [Found(np.zeros((0, size)), np.zeros((0, size), complex)) for _ in range(maps.num_draws)]

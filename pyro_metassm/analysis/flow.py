@@ -90,13 +90,13 @@ def _sides(grid: Grid) -> int | tuple[np.ndarray, np.ndarray]:
     if isinstance(grid, int | np.integer):
         checks.integers(least=2, grid=grid)
         return int(grid)
-    sides = [np.asarray(side, float) for side in grid] if isinstance(grid, Sequence) else []
-    if len(sides) != 2 or any(s.ndim != 1 or len(s) < 2 or not (np.diff(s) > 0).all() for s in sides):
+    sides = [np.asarray(side) for side in grid] if isinstance(grid, list | tuple) else []
+    if len(sides) != 2 or any(s.dtype.kind not in "if" or s.ndim != 1 or len(s) < 2 or not (np.diff(s) > 0).all() for s in sides):
         raise ValueError(
             "flow_field: needed a grid as a number of points, or as the coordinates of its two sides, each rising, got "
             f"{grid!r}"
         )
-    return sides[0], sides[1]
+    return sides[0].astype(float), sides[1].astype(float)
 
 
 def _field(source: Source, place: Place, region: Region, plane, principal: bool, sides) -> xr.Dataset:

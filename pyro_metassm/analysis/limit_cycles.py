@@ -154,8 +154,11 @@ def _add(found: list[Found], maps: Maps, points: torch.Tensor, region: Region, l
 
 
 def _distance(path: np.ndarray, points: np.ndarray) -> float:
-    """The largest distance of points ``(N, d)`` from a path ``(phases, d)``."""
-    return float(np.linalg.norm(points[:, None] - path, axis=-1).min(1).max())
+    """The largest distance of points ``(N, d)`` from a closed path of straight pieces ``(phases, d)``."""
+    side = np.roll(path, -1, 0) - path
+    share = ((points[:, None] - path) * side).sum(-1) / np.maximum(np.square(side).sum(-1), 1e-300)
+    foot = path + share.clip(0, 1)[..., None] * side
+    return float(np.linalg.norm(points[:, None] - foot, axis=-1).min(1).max())
 
 
 def _radius(path: np.ndarray) -> float:
