@@ -6,3 +6,4 @@ Every function takes a fit and where to look, and returns an `xarray.Dataset` wi
 from pyro_metassm.analysis.fixed_points import fixed_points as fixed_points
 from pyro_metassm.analysis.flow import flow_field as flow_field
 from pyro_metassm.analysis.limit_cycles import limit_cycles as limit_cycles
+from pyro_metassm.analysis.bifurcation import bifurcation as bifurcation

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -52,9 +53,8 @@ class Maps:
 
     def __call__(self, z: Tensor) -> Tensor:
         """States ``(S, N, latent_dim)`` a bin later."""
-        # Searches may step out of the finite numbers, and validation would take longer than the dynamics.
-        with self.model.given(self.shared), pyro.validation_enabled(False):
-            return self.model.transition(z[:, None, :, None], self.dynamics).mean[:, 0, :, 0]
+        with self._sites():
+            return self._next(z)
 
     def displacement(self, z: Tensor) -> Tensor:
         """``f(z) - z`` of states ``(S, N, latent_dim)``."""
@@ -80,14 +80,15 @@ class Maps:
             if self.rolls:
                 return self.dynamics.rollout(z[:, None, :, None], num_bins, BOUND)[:, 0]
             states = []
-            for _ in range(num_bins):
-                z = self(z).clamp(-BOUND, BOUND)
-                states.append(z)
+            with self._sites():
+                for _ in range(num_bins):
+                    z = self._next(z).clamp(-BOUND, BOUND)
+                    states.append(z)
             return torch.stack(states, -2)
 
     def noisy_path(self, num_trials: int, num_bins: int) -> Tensor:
         """Draws of the model's own paths, ``(S, num_trials, num_bins, latent_dim)``."""
-        with torch.no_grad(), self.model.given(self.shared), pyro.validation_enabled(False):
+        with torch.no_grad(), self._sites():
             initial = self.model.initial_state(self.embedding)
             z = initial.expand((self.num_draws, 1, num_trials)).sample().unsqueeze(-2)
             states = [z]
@@ -95,6 +96,15 @@ class Maps:
                 z = self.model.transition(z, self.dynamics).sample().clamp(-BOUND, BOUND)
                 states.append(z)
         return torch.cat(states, -2)[:, 0]
+
+    def _next(self, z: Tensor) -> Tensor:
+        return self.model.transition(z[:, None, :, None], self.dynamics).mean[:, 0, :, 0]
+
+    @contextmanager
+    def _sites(self) -> Iterator[None]:
+        """The global sites of these draws; what leaves the finite numbers, as searches may, is no error."""
+        with self.model.given(self.shared), pyro.validation_enabled(False):
+            yield
 
 
 @dataclass(frozen=True)
