@@ -1,0 +1,412 @@
+"""What is said about dynamics, beside maps of which it is known."""
+
+import itertools
+
+import numpy as np
+import pyro.distributions as dist
+import pytest
+import torch
+from fits import QUICK, parts
+from known_maps import WIDTH, Duffing, Henon, Known, Linear, NormalForm, VanDerPol, fit_of
+from pyro.nn import PyroSample
+from scipy.integrate import solve_ivp
+
+import pyro_metassm as pm
+from pyro_metassm.analysis._matching import assigned, tracks
+from pyro_metassm.analysis._region import Region
+
+
+def polynomial(x):
+    """What a step of Runge-Kutta's rule multiplies an eigenvector by: its Jacobian at a fixed point is ``p(A dt)``."""
+    return 1 + x + x**2 / 2 + x**3 / 6 + x**4 / 24
+
+
+# ---- fixed points ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("a", "b"), [(-0.5, -1.0), (-0.5, 0.6), (0.3, -0.4), (-2.5, 1.0)])
+def test_fixed_points_of_duffing_are_all_there_with_their_eigenvalues(a, b):
+    fit = fit_of(Duffing, {"x": (a, b)}, initial_sd=2.5)
+    found = pm.analysis.fixed_points(fit, np.array([a, b])).isel(draw=0)
+    wells = [-np.sqrt(-b / 0.1), np.sqrt(-b / 0.1)] if b < 0 else []
+    where = np.sort(np.array([0.0, *wells]))
+    order = np.argsort(found["position"].values[:, 0])
+    assert np.abs(found["position"].values[order] - np.stack([where, 0 * where], 1)).max() < 1e-7
+    for x, k in zip(where, order, strict=True):
+        slope = np.array([[0.0, 1.0], [-b - 0.3 * x**2, a]])
+        true = polynomial(np.linalg.eigvals(slope) * WIDTH)
+        here = found.isel(fixed_point=k)
+        values = here["eigenvalue_real"].values + 1j * here["eigenvalue_imag"].values
+        assert np.abs(np.sort_complex(values) - np.sort_complex(true)).max() < 1e-6
+        assert np.sort(here["growth_rate"]) == pytest.approx(np.sort(np.log(np.abs(true)) / WIDTH), abs=1e-5)
+        assert np.abs(here["frequency"].values).max() == pytest.approx(
+            np.abs(np.linalg.eigvals(slope).imag).max() / (2 * np.pi), abs=1e-4
+        )
+        rates = np.linalg.eigvals(slope)
+        kind = "focus" if np.abs(rates.imag).max() > 0 else "node"
+        up = int((rates.real > 0).sum())
+        assert here["type"] == ("stable " + kind, "saddle", "unstable " + kind)[up]
+        assert here["num_unstable"] == up and bool(here["stable"]) == (up == 0)
+
+
+def test_draws_of_a_fixed_point_are_one_point_and_have_its_spread():
+    """Wells at ``sqrt(-b / c)`` with ``b ~ Normal(-1, 0.1^2)``: quantiles of a monotonic map are mapped quantiles."""
+    fit = fit_of(Duffing, {"x": (-0.5, -1.0), "y": (-0.5, 1.0)}, sd=0.1, initial_sd=2.5)
+    found = pm.analysis.fixed_points(fit, ["x", "y"], num_draws=60, num_starts=24)
+    assert found["recording"].values.tolist() == ["x", "y"]
+    x, y = found.sel(recording="x"), found.sel(recording="y")
+    assert (x["count"] == 3).all() and x["probability"].values.tolist() == [1, 1, 1]
+    assert (y["count"] == 1).all() and y["probability"].values.tolist() == [1, 0, 0]
+    assert (y["type"].isel(fixed_point=1) == "").all() and not y["stable"].isel(fixed_point=1).any()
+    first = x["position"].isel(latent_dim=0)
+    well = first.isel(fixed_point=first.mean("draw").values.argmax())
+    again = pm.analysis.fixed_points(fit, "x", num_draws=60, num_starts=24)
+    assert np.array_equal(again["position"], x["position"])  # a recording does not depend on its company
+    # Of 60 draws a quantile of the middle half is known to some 0.3 sd: here 0.05 of 3.16.
+    sd = 0.1 / 2 * np.sqrt(10)
+    assert np.quantile(well, [0.25, 0.75]) == pytest.approx(
+        np.sqrt([10 - 0.6745, 10 + 0.6745]), abs=4 * 1.36 * sd / np.sqrt(60)
+    )
+
+
+def test_a_point_that_some_draws_lack_has_a_probability():
+    """``b ~ Normal(0, 1)``: with wells in about half of the draws."""
+    e = np.stack([np.full(31, -0.8), np.linspace(-1.0, 1.0, 31)], 1)
+    found = pm.analysis.fixed_points(fit_of(Duffing, {"x": (-0.8, 0.0)}, initial_sd=2.5), e)
+    assert found["count"].values.tolist() == [3] * 15 + [1] * 16  # at b = 0 the wells are one with the middle
+    assert found["probability"].max() == 1
+    middle = found.isel(fixed_point=0)  # at b = 0 known to (1e-9 scale / c dt)^(1/3) = 0.006
+    assert np.abs(middle["position"]).max() < 0.01 and not middle["stable"][:15].any() and middle["stable"][16:].all()
+    assert found["position"].isel(draw=30, fixed_point=1).isnull().all()
+
+
+def test_fixed_points_of_henon():
+    a, b = 1.4, 0.3
+    found = pm.analysis.fixed_points(fit_of(Henon, {"x": (a, b)}, initial_sd=0.1, noise=1e-4), np.array([a, b]))
+    x = np.sort(np.roots([a, 1 - b, -1]))
+    near = found.isel(draw=0).sortby(found["position"][0, :, 0])["position"].values
+    assert near == pytest.approx(np.stack([x, b * x], 1), abs=1e-8)
+
+
+def test_what_lies_outside_the_visited_states_is_left_out():
+    fit = fit_of(Duffing, {"x": (-0.8, -1.0)}, initial_sd=0.1)
+    recs = pm.Recordings([pm.Recording("x", np.random.default_rng(0).normal(size=(2, 12, 6)), bin_width=WIDTH)])
+    path = lambda *_: [np.random.default_rng(0).normal(0, 0.3, (200, 2)) + [3.0, 0.0]]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("pyro_metassm.analysis._region.trial_latents", path)
+        found = pm.analysis.fixed_points(fit, "x", recs=recs, num_draws=0)
+    assert found["position"].values[0] == pytest.approx(np.array([[np.sqrt(10), 0.0]]), abs=1e-7)
+    assert 0 < found["nearest"] < 0.2
+
+
+def test_no_fixed_point_at_all():
+    class Drift(Known):
+        @staticmethod
+        def step(z, e):
+            return z + 0.01 + 0.0 * e[0].unsqueeze(-1)
+
+    found = pm.analysis.fixed_points(fit_of(Drift, {"x": (0.0,)}), ["x"], num_draws=3)
+    assert found["count"].values.tolist() == [[0, 0, 0]] and found.sizes["fixed_point"] == 0
+
+
+# ---- limit cycles ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("mu", "w"), [(0.3, 2.0), (1.0, -5.0), (0.05, 7.0)])
+def test_the_cycle_of_the_normal_form_has_its_closed_form(mu, w):
+    fit = fit_of(NormalForm, {"x": (mu, w)})
+    found = pm.analysis.limit_cycles(fit, np.array([mu, w])).isel(draw=0)
+    period = 2 * np.pi / abs(w)
+    assert found.sizes["cycle"] == 1 and bool(found["stable"].all())
+    # Through six states of a circle, h apart: |error| <= h^6 max|prod (t - j)| / 6! = 0.005 h^6, over a turn.
+    # What a turn leaves, the next ones add to: by 1 / (1 - multiplier).
+    h = abs(w) * WIDTH
+    assert found["period"].item() == pytest.approx(period, rel=0.005 * h**6 + 1e-7)
+    most = 0.005 * h**6 / (1 - np.exp(-2 * mu * period))
+    assert found["radius"].item() == pytest.approx(np.sqrt(mu), rel=most + 1e-6)
+    assert found["multiplier_real"].item() == pytest.approx(np.exp(-2 * mu * period), abs=0.01 * h**6 + 1e-5)
+    assert found["growth_rate"].item() == pytest.approx(-2 * mu, rel=2e-2)
+    path = found["path"].values[0]
+    angle = np.unwrap(np.arctan2(path[:, 1], path[:, 0]))
+    assert np.diff(angle) == pytest.approx(np.sign(w) * 2 * np.pi / 64, abs=0.01 * h**6 + 1e-5)
+
+
+@pytest.mark.parametrize("mu", [0.4, 1.5])
+def test_the_cycle_of_van_der_pol_is_that_of_an_integrator(mu):
+    derivative = lambda t, z: [z[1], -z[0] + (mu - z[0] ** 2) * z[1]]
+    section = lambda t, z: z[0]
+    section.direction = 1
+    found = solve_ivp(derivative, (0, 120), [1.0, 0.0], events=section, rtol=1e-10, atol=1e-10)
+    period, start = found.t_events[0][-1] - found.t_events[0][-2], found.y_events[0][-1]
+    # Liouville: the determinant of the monodromy is exp of the integral of the divergence, and 1 is an eigenvalue.
+    both = lambda t, z: [*derivative(t, z[:2]), mu - z[0] ** 2]
+    multiplier = np.exp(solve_ivp(both, (0, period), [*start, 0.0], rtol=1e-10, atol=1e-10).y[2, -1])
+    fit = fit_of(VanDerPol, {"x": (mu,)})
+    ours = pm.analysis.limit_cycles(fit, np.array([mu])).isel(draw=0)
+    assert ours["period"].values == pytest.approx([period], rel=1e-5)
+    assert ours["multiplier_real"].item() == pytest.approx(multiplier, abs=1e-4)
+
+
+def test_draws_of_a_cycle_below_and_above_the_bifurcation():
+    mu = np.linspace(-0.4, 0.4, 5)
+    e = np.stack([mu, np.full(5, 3.0)], 1)
+    fit = fit_of(NormalForm, {"x": (0.0, 3.0)})
+    found = pm.analysis.limit_cycles(fit, e, num_bins=200)
+    assert found["count"].values.tolist() == [0] * 3 + [1] * 2
+    assert found["probability"].sum().item() == pytest.approx(2 / 5)
+    assert found["radius"].max("cycle")[3:].values == pytest.approx(np.sqrt(mu[3:]), rel=1e-4)
+    points = pm.analysis.limit_cycles(fit, e[3:, None], num_bins=200)
+    assert points["point"].values.tolist() == [0, 1]
+    assert points["period"].values[:, 0, 0] == pytest.approx([2 * np.pi / 3] * 2, rel=1e-6)
+
+
+def test_no_cycle_where_all_comes_to_rest():
+    found = pm.analysis.limit_cycles(fit_of(Duffing, {"x": (-0.5, -1.0)}), ["x"], num_draws=3)
+    assert found["count"].values.tolist() == [[0, 0, 0]] and found["period"].size == 0
+
+
+# ---- what belongs together -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_points_are_assigned_as_enumeration_does(seed):
+    rng = np.random.default_rng(seed)
+    known, found, gate = rng.normal(size=(rng.integers(1, 5), 2)), rng.normal(size=(rng.integers(1, 5), 2)), 1.0
+    cost = np.square(found[:, None] - known).sum(-1)
+
+    def total(pair):
+        kept = [(i, j) for i, j in enumerate(pair) if j >= 0]
+        alone = len(found) + len(known) - 2 * len(kept)
+        return sum(cost[i, j] for i, j in kept) + alone * gate**2 / 2
+
+    options = [
+        pair
+        for pair in itertools.product(range(-1, len(known)), repeat=len(found))
+        if len({j for j in pair if j >= 0}) == sum(j >= 0 for j in pair)
+    ]
+    best = min(map(total, options))
+    ours = assigned(known, found, gate)
+    assert tuple(ours) in options and total(ours) == pytest.approx(best, abs=1e-12)
+
+
+def test_a_track_begins_where_a_point_turns_up():
+    draws = [np.array([[0.0]]), np.array([[5.0], [0.1]]), np.array([[5.1]])]
+    assert [t.tolist() for t in tracks(np.zeros((1, 1)), draws, 1.0)] == [[0], [1, 0], [1]]
+
+
+# ---- flow -----------------------------------------------------------------------------------------------------------
+
+
+def test_the_flow_is_the_maps():
+    fit = fit_of(NormalForm, {"x": (0.5, 3.0)}, sd=0.05)
+    field = pm.analysis.flow_field(fit, "x", grid=(np.linspace(-1, 1, 5), np.linspace(-2, 2, 7)), num_draws=20)
+    assert dict(field["displacement"].sizes) == {"draw": 20, "y": 7, "x": 5, "axis": 2}
+    z = torch.tensor([[0.5, -2.0]], dtype=torch.float64)
+    place = field.isel(x=3, y=0)
+    one = pm.analysis.flow_field(fit, np.array([0.5, 3.0]), grid=(np.linspace(-1, 1, 5), np.linspace(-2, 2, 7)))
+    e = [torch.tensor(v, dtype=torch.float64) for v in (0.5, 3.0)]
+    true = (NormalForm.step(z, e) - z)[0].numpy()
+    assert one["displacement"].isel(x=3, y=0, draw=0).values == pytest.approx(true, abs=1e-12)
+    assert one["speed"].isel(x=3, y=0).item() == pytest.approx(np.linalg.norm(true) / WIDTH, rel=1e-12)
+    # To first order in the embedding's sd, over both of its dimensions.
+    change = [(NormalForm.step(z, [e[0] + a, e[1] + b]) - NormalForm.step(z, e))[0].numpy() for a, b in
+              ((0.05, 0), (0, 0.05))]  # fmt: skip
+    expected = np.sqrt(np.square(change).sum(0))
+    assert place["displacement_sd"].values == pytest.approx(expected, rel=0.6)  # of 20 draws: 4 standard errors
+    assert place["speed_mean"].item() == pytest.approx(place["speed"].mean().item())
+    wide = pm.analysis.flow_field(fit, "x", grid=(np.linspace(-9, 9, 25), np.linspace(-9, 9, 25)), num_draws=0)
+    assert wide["visited"][12, 12] and not wide["visited"][0].any() and wide["density"][0].max() < 1e-6
+    assert field["density"].max() == 1 and bool(field["visited"][3, 2])
+
+
+def test_a_plane_of_principal_axes_is_a_turned_plane_of_latents():
+    fit = fit_of(Linear, {"x": (0.0,)}, latent_dim=3)
+    grid = (np.linspace(-1, 1, 3), np.linspace(-1, 1, 4))
+    field = pm.analysis.flow_field(fit, "x", grid=grid, plane=(0, 2), principal=True, num_draws=0)
+    axes, center = field["axes"].values, field["center"].values
+    assert axes @ axes.T == pytest.approx(np.eye(2), abs=1e-12) and axes @ center == pytest.approx([0, 0], abs=1e-12)
+    z = center + np.stack(np.meshgrid(*grid), -1) @ axes
+    change = z @ Linear.matrix.numpy().T - z
+    assert field["displacement"].values[0] == pytest.approx(change @ axes.T, abs=1e-12)
+    assert field["speed"].values[0] == pytest.approx(np.linalg.norm(change, axis=-1) / WIDTH)
+    plain = pm.analysis.flow_field(fit, "x", plane=(2, 0), num_draws=0)
+    assert plain["axes"].values.tolist() == [[0, 0, 1], [1, 0, 0]] and plain["center"].values[[0, 2]].tolist() == [0, 0]
+
+
+def test_density_is_that_of_scipy():
+    from scipy.stats import gaussian_kde
+
+    from pyro_metassm.analysis.flow import _density
+
+    states = np.random.default_rng(0).multivariate_normal([1, 2], [[2, 0.6], [0.6, 1]], 300)
+    points = np.stack(np.meshgrid(np.linspace(-2, 4, 7), np.linspace(0, 4, 5)), -1)
+    true = gaussian_kde(states.T)(points.reshape(-1, 2).T).reshape(5, 7)
+    # Scott's width of SciPy is of the covariance over n - 1.
+    assert _density(states, points) == pytest.approx(true / true.max(), abs=5e-3)
+
+
+def test_visited_states_are_those_of_the_data_where_they_are_given():
+    model, guide = parts(recs := pm.simulate.limit_cycles([3.0, 4.0], num_trials=4, num_steps=20))
+    fit = pm.fit(model, guide, recs, **QUICK)
+    one = pm.analysis.flow_field(fit, "w=3", num_draws=0, recs=recs)
+    tree = pm.posterior(fit, recs, num_samples=50)
+    z = tree["w=3/posterior"]["latents"].mean(("chain", "draw")).values.reshape(-1, 2)
+    low, high = np.quantile(z, [0.005, 0.995], axis=0)
+    spread = tree["w=3/posterior"]["latents"].std(("chain", "draw")).max().item()
+    ends = np.array([[one["x_value"][0], one["y_value"][0]], [one["x_value"][-1], one["y_value"][-1]]])
+    margin = 0.1 * (high - low)
+    assert ends == pytest.approx(np.stack([low - margin, high + margin]), abs=4 * spread)
+    everywhere = pm.analysis.flow_field(fit, np.zeros(1), recs=recs)  # no recording's: all of them
+    assert np.isfinite(everywhere["speed"]).all()
+    with pytest.raises(ValueError, match=r"needed recording 'w=3' in recs, got w=4"):
+        pm.analysis.flow_field(fit, "w=3", recs=recs.select(["w=4"]))
+
+
+def test_a_region_knows_its_axes():
+    rng = np.random.default_rng(0)
+    z = rng.normal(size=(4000, 3)) * [3.0, 1.0, 0.1] @ np.linalg.qr(rng.normal(size=(3, 3)))[0] + 5.0
+    region = Region.of(z)
+    assert region.sd == pytest.approx([3.0, 1.0, 0.1], rel=0.05)
+    assert region.scale == pytest.approx(np.sqrt(np.var(z, axis=0).sum()))
+    assert region.contains(z).all() and not region.contains(z.mean(0) + 20 * region.axes[2] * region.sd[2])
+    assert region.nearest(z[:5]).tolist() == [0] * 5
+    few = Region.of(z[:2])  # fewer states than latents
+    assert few.axes @ few.axes.T == pytest.approx(np.eye(3), abs=1e-9)
+
+
+# ---- global sites, other models, bad input ---------------------------------------------------------------------------
+
+
+def test_draws_of_a_global_site_go_with_those_of_the_embedding():
+    class Scaled(Duffing):
+        def __init__(self, recordings, **options):
+            super().__init__(recordings, **options)
+            self.shift = PyroSample(dist.Normal(0.0, 1.0).expand([1]).to_event(1))
+
+        def transition(self, z, dynamics):
+            return dist.Normal(dynamics(z) + 0.001 * self.shift.unsqueeze(-2), self.process_noise()).to_event(1)
+
+    fit = fit_of(Scaled, {"x": (-1.0, 1.0)}, sd=1e-6)
+    with torch.no_grad():
+        fit.guide.global_sites.loc["shift"].fill_(3.0)
+        fit.guide.global_sites.log_scale["shift"].fill_(np.log(0.5))
+    found = pm.analysis.fixed_points(fit, "x", num_draws=40, num_starts=8)
+    # z2 = -shift / dt in a fixed point: near Normal(-0.06, 0.01^2), to second order in dt.
+    z2 = found["position"].isel(fixed_point=0, latent_dim=1).values
+    assert z2.mean() == pytest.approx(-0.06, abs=5 * 0.01 / np.sqrt(40)) and z2.std() == pytest.approx(0.01, rel=0.5)
+    middle = pm.analysis.fixed_points(fit, "x", num_draws=0)
+    assert middle["position"].values[0, 0, 1] == pytest.approx(-0.06, rel=0.1)
+
+
+def test_dynamics_of_a_fit_are_those_that_its_paths_follow():
+    """A learned model, in C and in float64: what is iterated is the mean of its transition."""
+    model, guide = parts(recs := pm.simulate.limit_cycles([3.0, 4.0], num_trials=4, num_steps=20))
+    fit = pm.fit(model, guide, recs, **QUICK)
+    found = pm.analysis.fixed_points(fit, "w=4", num_draws=3)
+    field = pm.analysis.flow_field(fit, "w=4", num_draws=0, grid=(np.array([0.3, 0.4]), np.array([-0.2, 0.5])))
+    loc = fit.statistics[1, :1].reshape(1, 1, 1)
+    with torch.no_grad():
+        z = torch.tensor([0.4, 0.5]).reshape(1, 1, 1, 2)
+        mean = fit.model.transition(z, fit.model.adapt_dynamics(loc)).mean - z
+    assert field["displacement"].values[0, 1, 1] == pytest.approx(mean.flatten().numpy(), abs=1e-5)
+    for draw in range(3):
+        for point in found["position"].values[draw]:
+            if np.isfinite(point).all():
+                assert np.isfinite(point).all()
+
+
+def test_recordings_with_dynamics_of_their_own_go_by_name():
+    recs = pm.simulate.limit_cycles([3.0, 4.0], num_trials=4, num_steps=20)
+    model = pm.models.SingleSession(recs, latent_dim=2, embedding_dim=1, hidden_dim=8)
+    fit = pm.fit(model, pm.guides.DKF(model, hidden_dim=6), recs, **QUICK)
+    both = pm.analysis.flow_field(fit, ["w=3", "w=4"], grid=(np.arange(3.0), np.arange(3.0)), num_draws=2)
+    assert float(abs(both["displacement"][0] - both["displacement"][1]).max()) > 0
+    assert float(both["speed_sd"].max()) == 0
+    assert pm.analysis.limit_cycles(fit, "w=3", num_draws=2, num_bins=20).sizes["draw"] == 2
+    with pytest.raises(ValueError, match="needed a recording's name, got an embedding"):
+        pm.analysis.flow_field(fit, np.zeros(1))
+
+
+def test_bad_input_is_named():
+    fit = fit_of(NormalForm, {"x": (0.5, 3.0)})
+    for call in (pm.analysis.flow_field, pm.analysis.fixed_points, pm.analysis.limit_cycles):
+        for at, message in (
+            ("y", "needed one of the recordings x that the fit knows, got 'y'"),
+            (["x", "y"], "got 'y'"),
+            (np.zeros(3), r"embedding \(2,\), draws of it \(draw, 2\) or points .* got shape \(3,\)"),
+            (np.zeros((2, 2, 2, 2)), r"got shape \(2, 2, 2, 2\)"),
+            (np.array([0.0, np.nan]), "needed finite embeddings"),
+            ([], "needed a recording's name"),
+            (None, "got None"),
+        ):
+            with pytest.raises(ValueError, match=message):
+                call(fit, at)
+        with pytest.raises(ValueError, match="num_draws: needed an integer of at least 0"):
+            call(fit, "x", num_draws=-1)
+    for plane in ((0, 2), (0, 0), (0,), (0, 1.0), "xy"):
+        with pytest.raises(ValueError, match=r"needed (a plane of two of the 2|two different) latents"):
+            pm.analysis.flow_field(fit, "x", plane=plane)
+    for grid in ((np.arange(3.0),), (np.arange(3.0), np.zeros(3)), "fine", np.zeros((3, 3, 2))):
+        with pytest.raises(ValueError, match="needed a grid as a number of points"):
+            pm.analysis.flow_field(fit, "x", grid=grid)
+    with pytest.raises(ValueError, match="grid: needed an integer of at least 2"):
+        pm.analysis.flow_field(fit, "x", grid=1)
+    fit.attrs.clear()
+    with pytest.raises(ValueError, match="needed the bin width"):
+        pm.analysis.flow_field(fit, "x")
+    fit.statistics[0] = torch.nan
+    with pytest.raises(ValueError, match="whose embedding it has not inferred"):
+        pm.analysis.flow_field(fit, "x")
+
+
+class Heavy(NormalForm):
+    def transition(self, z, dynamics):
+        return dist.Cauchy(dynamics(z), 0.1).to_event(1)
+
+
+class Meanless(NormalForm):
+    def transition(self, z, dynamics):
+        flow = dist.transforms.affine_autoregressive(2)
+        return dist.TransformedDistribution(dist.Normal(dynamics(z), 0.1).to_event(1), [flow])
+
+
+class Driven(NormalForm):
+    def transition(self, z, dynamics, inputs):
+        return dist.Normal(dynamics(z) + inputs, 0.1).to_event(1)
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        (Heavy, "needed a transition with a mean.*one that is not finite from Heavy.transition"),
+        (Meanless, "needed a transition with a mean.*got none"),
+        (Driven, "needed autonomous dynamics, got Driven, whose transition reads inputs"),
+    ],
+)
+def test_a_model_without_a_noise_free_part_is_refused(kind, message):
+    fit = fit_of(kind, {"x": (0.5, 3.0)})
+    for call in (pm.analysis.flow_field, pm.analysis.fixed_points, pm.analysis.limit_cycles):
+        with pytest.raises(ValueError, match=message):
+            call(fit, "x")
+
+
+def test_paths_that_explode_are_said_so():
+    class Explodes(Known):
+        @staticmethod
+        def step(z, e):
+            return z * torch.nan + e[0].unsqueeze(-1)
+
+    with pytest.raises(ValueError, match="needed"):
+        pm.analysis.fixed_points(fit_of(Explodes, {"x": (0.0,)}), "x")
+
+
+def test_a_single_latent_has_no_cycle():
+    class Line(Known):
+        @staticmethod
+        def step(z, e):
+            return 0.5 * z + 0.0 * e[0].unsqueeze(-1)
+
+    fit = fit_of(Line, {"x": (0.0,)}, latent_dim=1)
+    assert pm.analysis.fixed_points(fit, "x", num_draws=2)["position"].values == pytest.approx(np.zeros((2, 1, 1)))
+    with pytest.raises(ValueError, match="two latents or more"):
+        pm.analysis.limit_cycles(fit, "x")

@@ -1,0 +1,73 @@
+"""Branches of fixed points and cycles beside normal forms."""
+
+import numpy as np
+import pytest
+from known_maps import WIDTH, Duffing, NormalForm, fit_of
+
+import pyro_metassm as pm
+
+
+def test_a_hopf_bifurcation_is_where_it_is():
+    """``mu`` from -0.35 to 0.65: at s = 0.35, with ``w / 2 pi`` Hz; radius ``sqrt(mu)`` above it."""
+    fit = fit_of(NormalForm, {"a": (-0.35, 3.0), "b": (0.65, 3.0)}, sd=0.02)
+    found = pm.analysis.bifurcation(fit, ["a", "b"], num_points=7, num_draws=4)
+    assert found.sizes["branch"] == 1 and np.abs(found["position"]).max() < 1e-6
+    # The rate is mu: linear in s, so that the crossing of a draw is at its own -mu_a / (mu_b - mu_a).
+    e = found["embedding"].values
+    own = -e[:, 0, 0] / (e[:, -1, 0] - e[:, 0, 0])
+    assert found["crossing"].values[:, 0, 0] == pytest.approx(own, abs=1e-6)
+    w = np.abs(e[:, 2:4, 1]).mean(1) / (2 * np.pi)
+    assert found["crossing_frequency"].values[:, 0, 0] == pytest.approx(w, rel=1e-2)
+    assert found["growth_rate"].values[..., 0, 0] == pytest.approx(e[..., 0], abs=1e-5)
+    assert (found["count"] == 1).all()
+    mu = e[..., 0]
+    has = np.isfinite(found["radius"]).any("cycle").values
+    assert not has[mu < 0].any() and has[mu > 0.1].all()
+    radius = found["radius"].max("cycle").values
+    assert radius[has] == pytest.approx(np.sqrt(mu[has]), rel=1e-3)
+    rate = found["cycle_growth_rate"].max("cycle").values
+    assert rate[has] == pytest.approx(-2 * mu[has], rel=0.02) and found["cycle_stable"].any("cycle").values[has].all()
+    assert found["s"].values == pytest.approx(np.linspace(0, 1, 7))
+
+
+def test_a_pitchfork_has_three_branches():
+    """Duffing from b = -0.5 to 0.5 (a = -1): wells at ``sqrt(-b / c)`` up to s = 0.5, a saddle that becomes stable."""
+    fit = fit_of(Duffing, {"x": (-1.0, 0.0)}, initial_sd=2.5)
+    path = [np.array([-1.0, -0.5]), np.array([-1.0, 0.5])]
+    found = pm.analysis.bifurcation(fit, path, num_points=12, with_cycles=False).isel(draw=0)
+    s = found["s"].values
+    assert found["count"].values.tolist() == [3] * 6 + [1] * 6 and found.sizes["branch"] == 3
+    x = found["position"].values[..., 0]
+    middle = int(np.abs(np.nanmean(x, 0)).argmin())
+    assert np.abs(x[:, middle]).max() < 1e-6
+    wells = np.sort(np.delete(x, middle, 1)[:6], 1)
+    assert wells == pytest.approx(np.sqrt((0.5 - s[:6]) / 0.1)[:, None] * [-1, 1], abs=1e-6)
+    # The rate of the middle is -1/2 + sqrt(1/4 - b), 0 at b = 0: bent over a step of 1/11 by less than 1/11^2.
+    crossing = found["crossing"].values[middle]
+    assert crossing[np.isfinite(crossing)] == pytest.approx([0.5], abs=1 / 11**2)
+    assert found["crossing_frequency"].values[middle, 0] == 0
+    assert "period" not in found
+
+
+def test_a_path_through_zero_along_a_principal_axis():
+    names = {f"r{k}": (0.3 * k, 2.0 + 0.05 * (k % 2)) for k in range(-2, 3)}
+    fit = fit_of(NormalForm, names)
+    found = pm.analysis.bifurcation(fit, 0, num_points=5, with_cycles=False, num_draws=3)
+    e = found["embedding"].values
+    assert found.sizes["draw"] == 1 and e[0, 2] == pytest.approx([0, 0], abs=1e-12)
+    axis = np.linalg.svd(np.array(list(names.values())) - np.mean(list(names.values()), 0))[2][0]
+    assert abs(e[0, -1] @ axis) == pytest.approx(np.abs(np.array(list(names.values())) @ axis).max(), rel=1e-5)
+    corner = pm.analysis.bifurcation(fit, ["r-1", np.array([0.0, 2.0]), "r1"], num_points=5, with_cycles=False)
+    assert corner["embedding"].values[:, 2] == pytest.approx(np.tile([0.0, 2.0], (50, 1)), abs=0.2)
+
+
+def test_paths_that_are_none():
+    fit = fit_of(NormalForm, {"a": (-0.3, 3.0), "b": (0.7, 3.0)})
+    for along in (["a"], "a", 2, -1, True, None):
+        with pytest.raises(ValueError, match="bifurcation: needed"):
+            pm.analysis.bifurcation(fit, along)
+    with pytest.raises(ValueError, match="waypoints that differ"):
+        pm.analysis.bifurcation(fit, ["a", "a"])
+    with pytest.raises(ValueError, match="got 'c'"):
+        pm.analysis.bifurcation(fit, ["a", "c"])
+    assert WIDTH == 0.05
