@@ -3,10 +3,14 @@
 #   make demo             build .venv, then simulate, fit and plot into demo/
 #   make test             the default tests              ARGS="tests/test_x.py -k name" narrows them
 #   make test-slow        the slow tests alone
+#   make test-lowest      the default tests with the oldest versions that are supported, in .venv-lowest
+#   make reliability      fits killed 50 times, a full disk, memory over 10,000 steps: minutes; tests/reliability/README.md
 #   make test-new-python  the default tests on Python 3.12 or 3.13, in .venv-new    NEW_PYTHON=... chooses
 #   make lint types       ruff, mypy
 #   make notebooks        run every notebook in its short form; notebooks-new-python on the newer Python
 #   make wheel-check      build the wheel, install it apart from this tree, import every module of it
+#   make demo-locked      the demo from files whose hashes are known, demo.lock, in .venv-locked
+#   make sbom             a bill of materials of .venv: sbom.json, CycloneDX
 #   make bench            the benchmarks: a table each, and JSON into bench/    BENCHMARKS=, ARGS= narrow them
 #   make clean distclean  remove what was generated; the environments too
 
@@ -17,6 +21,9 @@ SHELL := bash
 PYTHON ?= python3
 VENV ?= .venv
 NEW_VENV ?= .venv-new
+LOWEST_VENV ?= .venv-lowest
+LOCKED_VENV ?= .venv-locked
+SBOM_VENV ?= .venv-sbom
 WORKERS ?= 2
 ARGS ?=
 
@@ -26,7 +33,7 @@ ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1
 NOTEBOOKS := $(sort $(wildcard notebooks/*.ipynb))
 BENCHMARKS := $(sort $(filter-out tests/benchmarks/_%,$(wildcard tests/benchmarks/*.py)))
 
-.PHONY: help venv demo test test-slow test-new-python lint types notebooks notebooks-new-python wheel-check bench clean distclean
+.PHONY: help venv demo demo-locked sbom test test-slow test-new-python test-lowest reliability lint types notebooks notebooks-new-python wheel-check bench clean distclean
 
 help:
 	@sed -n '/^#   make/s/^#   //p' Makefile
@@ -62,6 +69,26 @@ $(NEW_VENV)/.installed: pyproject.toml constraints.txt
 demo: venv
 	$(BIN)/metassm demo --out demo
 
+# With hashes pip takes nothing else, and builds nothing; the package itself is built with the setuptools of the lock.
+$(LOCKED_VENV)/.installed: demo.lock pyproject.toml
+	$(PYTHON) -m venv $(LOCKED_VENV)
+	$(LOCKED_VENV)/bin/python -m pip install --quiet --require-hashes --only-binary :all: --requirement demo.lock
+	$(LOCKED_VENV)/bin/python -m pip install --quiet --no-deps --no-index --no-build-isolation .
+	@touch $@
+
+demo-locked: $(LOCKED_VENV)/.installed
+	$(LOCKED_VENV)/bin/metassm demo --out demo
+
+# The tool has an environment of its own: it is no part of what it lists.
+$(SBOM_VENV)/.installed:
+	$(PYTHON) -m venv $(SBOM_VENV)
+	$(SBOM_VENV)/bin/python -m pip install --quiet cyclonedx-bom==7.5.0
+	@touch $@
+
+sbom: venv $(SBOM_VENV)/.installed
+	$(SBOM_VENV)/bin/cyclonedx-py environment --pyproject pyproject.toml --output-reproducible \
+	    --output-file sbom.json $(BIN)/python
+
 test: venv
 	$(ONE_THREAD) $(BIN)/python -m pytest -n $(WORKERS) $(ARGS)
 
@@ -71,6 +98,22 @@ test-slow: venv
 
 test-new-python: $(NEW_VENV)/.installed
 	$(ONE_THREAD) $(NEW_VENV)/bin/python -m pytest -n $(WORKERS) $(ARGS)
+
+# Python 3.11. Old releases use what is deprecated by now, so warnings are not errors here.
+$(LOWEST_VENV)/.installed: pyproject.toml lowest.txt
+	$(PYTHON) -m venv $(LOWEST_VENV)
+	$(LOWEST_VENV)/bin/python -m pip install --quiet "setuptools==77.0.3"
+	$(LOWEST_VENV)/bin/python -m pip install --quiet --constraint lowest.txt --no-build-isolation --editable ".[dev,nwb,zarr]"
+	@touch $@
+
+test-lowest: $(LOWEST_VENV)/.installed
+	$(ONE_THREAD) $(LOWEST_VENV)/bin/python -m pytest -n $(WORKERS) -o filterwarnings=default $(ARGS)
+
+# The full forms of what the default tests do in short; the figures go into tests/reliability/README.md.
+reliability: venv
+	$(BIN)/python tests/reliability/kills.py --kills 50
+	$(BIN)/python tests/reliability/memory.py --num-steps 10000
+	$(BIN)/python tests/reliability/full_disk.py
 
 lint: venv
 	$(BIN)/ruff check .
@@ -95,8 +138,8 @@ bench: venv
 	done
 
 clean:
-	rm -rf bench build dist demo bifurcations* limit_cycles* harder* *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	rm -rf bench build dist demo sbom.json bifurcations* limit_cycles* harder* *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
 	find pyro_metassm models guides tests -name __pycache__ -prune -exec rm -rf {} +
 
 distclean: clean
-	rm -rf $(VENV) $(NEW_VENV)
+	rm -rf $(VENV) $(NEW_VENV) $(LOWEST_VENV) $(LOCKED_VENV) $(SBOM_VENV)
