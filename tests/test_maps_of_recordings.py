@@ -147,7 +147,7 @@ def test_exponents_of_a_linear_map_are_its_eigenvalues():
 
 def test_exponents_of_henon():
     fit = fit_of(Henon, {"x": (1.4, 0.3)}, initial_sd=0.1, noise=1e-4)
-    found = pm.analysis.lyapunov(fit, np.array([1.4, 0.3]), num_bins=2000, num_starts=16).isel(draw=0)
+    found = pm.analysis.lyapunov(fit, np.array([1.4, 0.3]), num_bins=700, num_starts=48).isel(draw=0)
     first, second = found["exponents"].values * WIDTH
     assert first == pytest.approx(0.419, abs=0.01)  # Sprott (2003), Chaos and Time-Series Analysis
     assert first + second == pytest.approx(np.log(0.3), abs=1e-9)  # the determinant is -b everywhere
@@ -155,8 +155,8 @@ def test_exponents_of_henon():
 
 
 def test_exponents_of_a_cycle():
-    found = pm.analysis.lyapunov(fit_of(NormalForm, {"x": (0.5, 3.0)}), np.array([0.5, 3.0]), num_bins=400)
-    assert found["exponents"].values[0] == pytest.approx([0.0, -1.0], abs=1e-3)
+    found = pm.analysis.lyapunov(fit_of(NormalForm, {"x": (0.5, 3.0)}), np.array([0.5, 3.0]), num_bins=200)
+    assert found["exponents"].values[0] == pytest.approx([0.0, -1.0], abs=2e-3)
     assert found["dimension"].item() <= 1.01
 
 
@@ -190,12 +190,8 @@ def test_paths_of_other_dynamics_diverge(fitted, monkeypatch):
     right, wrong = found["divergence"].sel(recording="x"), found["divergence"].sel(recording="y")
     assert right.max() < 0.5 < 2.0 < wrong.min() and found["reference"].sel(recording="x") > right.mean()
     spectra = pm.analysis.power_spectra(fit, recs, num_draws=4)
-    assert (
-        spectra["distance"].sel(recording="x").max()
-        < 0.15
-        < 0.4
-        < spectra["distance"].sel(recording="y").min()
-    )
+    apart = spectra["distance"]  # both oscillate at w; one of them dies out in half a second
+    assert apart.sel(recording="x").max() < 0.05 < 0.1 < apart.sel(recording="y").min()
     with pytest.raises(ValueError, match="width above 0"):
         pm.analysis.state_divergence(fit, recs, width=0)
 
