@@ -81,7 +81,7 @@ def test_trajectories_on_a_grid_are_the_maps_iterated():
     fit = fit_of(NormalForm, {"a": (0.5, 2.0), "b": (0.5, 4.0)})
     start = np.array([0.3, -0.4])
     found = pm.analysis.interpolate(
-        fit, "a", num_bins=8, initial=start, num_draws=3, decoder=lambda y: y[..., :2] + 1.0
+        fit, "a", num_bins=8, spacing=0.5, initial=start, num_draws=3, decoder=lambda y: y[..., :2] + 1.0
     )
     assert found["rates"].sizes == {"draw": 3, "row": 3, "column": 3, "time": 8, "neuron": 6}
     e, z = found["embedding"].values, found["latents"].values
@@ -104,7 +104,7 @@ def test_trajectories_on_a_grid_are_the_maps_iterated():
     bare = pm.analysis.interpolate(fit, np.array([0.5, 2.0]), size=1, plane=(1, 0))
     assert "rates" not in bare and bare["latents"].values[0, 0, 0, 0].tolist() == [0.0, 0.0]
     named = pm.analysis.interpolate(
-        fit, np.array([0.5, 2.0]), size=5, plane=(1, 0), recording="b", initial=start
+        fit, np.array([0.5, 2.0]), size=5, spacing=0.5, plane=(1, 0), recording="b", initial=start
     )
     assert named["embedding"].values[0, 0, 4] == pytest.approx([-0.5, 3.0], abs=1e-6)
     line = pm.analysis.interpolate(fit_of(Linear, {"x": (0.0,)}, latent_dim=3), "x", num_bins=1, num_draws=0)

@@ -20,7 +20,7 @@ def interpolate(
     grid_around: At,
     *,
     num_bins: int = 50,
-    spacing: float = 0.5,
+    spacing: float = 0.25,
     size: int = 3,
     plane: tuple[int, ...] = (0, 1),
     initial: np.ndarray | None = None,
@@ -39,7 +39,7 @@ def interpolate(
         fit: a fit.
         grid_around: a recording's name, an embedding ``(embedding_dim,)`` or draws of it ``(draw, embedding_dim)``.
         num_bins: of the trajectories, the initial state among them.
-        spacing: of the grid, in units of ``r``.
+        spacing: of the grid, in units of ``r``; far from all recordings learned dynamics may explode.
         size: points along each side, odd, so that the middle is ``grid_around``.
         plane: embedding dimensions of the grid.
         initial: the first state, ``(latent_dim,)``; None for the mean of the model's initial state.
