@@ -54,7 +54,8 @@ class Duffing(Known):
         a, b = e
         square = lambda x: (x**2).clamp(max=60.0)
         return runge_kutta(
-            lambda z: torch.stack([z[..., 1], a * z[..., 1] - z[..., 0] * (b + 0.1 * square(z[..., 0]))], -1), z
+            lambda z: torch.stack([z[..., 1], a * z[..., 1] - z[..., 0] * (b + 0.1 * square(z[..., 0]))], -1),
+            z,
         )
 
 

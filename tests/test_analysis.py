@@ -76,13 +76,19 @@ def test_a_point_that_some_draws_lack_has_a_probability():
     assert found["count"].values.tolist() == [3] * 15 + [1] * 16  # at b = 0 the wells are one with the middle
     assert found["probability"].max() == 1
     middle = found.isel(fixed_point=0)  # at b = 0 known to (1e-9 scale / c dt)^(1/3) = 0.006
-    assert np.abs(middle["position"]).max() < 0.01 and not middle["stable"][:15].any() and middle["stable"][16:].all()
+    assert (
+        np.abs(middle["position"]).max() < 0.01
+        and not middle["stable"][:15].any()
+        and middle["stable"][16:].all()
+    )
     assert found["position"].isel(draw=30, fixed_point=1).isnull().all()
 
 
 def test_fixed_points_of_henon():
     a, b = 1.4, 0.3
-    found = pm.analysis.fixed_points(fit_of(Henon, {"x": (a, b)}, initial_sd=0.1, noise=1e-4), np.array([a, b]))
+    found = pm.analysis.fixed_points(
+        fit_of(Henon, {"x": (a, b)}, initial_sd=0.1, noise=1e-4), np.array([a, b])
+    )
     x = np.sort(np.roots([a, 1 - b, -1]))
     near = found.isel(draw=0).sortby(found["position"][0, :, 0])["position"].values
     assert near == pytest.approx(np.stack([x, b * x], 1), abs=1e-8)
@@ -90,8 +96,10 @@ def test_fixed_points_of_henon():
 
 def test_what_lies_outside_the_visited_states_is_left_out():
     fit = fit_of(Duffing, {"x": (-0.8, -1.0)}, initial_sd=0.1)
-    recs = pm.Recordings([pm.Recording("x", np.random.default_rng(0).normal(size=(2, 12, 6)), bin_width=WIDTH)])
-    path = lambda *_: [np.random.default_rng(0).normal(0, 0.3, (200, 2)) + [3.0, 0.0]]
+    recs = pm.Recordings(
+        [pm.Recording("x", np.random.default_rng(0).normal(size=(2, 12, 6)), bin_width=WIDTH)]
+    )
+    path = lambda *_: [np.random.default_rng(0).normal([3.0, 0.0], 0.3, (200, 2))]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("pyro_metassm.analysis._region.trial_latents", path)
         found = pm.analysis.fixed_points(fit, "x", recs=recs, num_draws=0)
@@ -171,7 +179,11 @@ def test_no_cycle_where_all_comes_to_rest():
 @pytest.mark.parametrize("seed", range(8))
 def test_points_are_assigned_as_enumeration_does(seed):
     rng = np.random.default_rng(seed)
-    known, found, gate = rng.normal(size=(rng.integers(1, 5), 2)), rng.normal(size=(rng.integers(1, 5), 2)), 1.0
+    known, found, gate = (
+        rng.normal(size=(rng.integers(1, 5), 2)),
+        rng.normal(size=(rng.integers(1, 5), 2)),
+        1.0,
+    )
     cost = np.square(found[:, None] - known).sum(-1)
 
     def total(pair):
@@ -199,11 +211,15 @@ def test_a_track_begins_where_a_point_turns_up():
 
 def test_the_flow_is_the_maps():
     fit = fit_of(NormalForm, {"x": (0.5, 3.0)}, sd=0.05)
-    field = pm.analysis.flow_field(fit, "x", grid=(np.linspace(-1, 1, 5), np.linspace(-2, 2, 7)), num_draws=20)
+    field = pm.analysis.flow_field(
+        fit, "x", grid=(np.linspace(-1, 1, 5), np.linspace(-2, 2, 7)), num_draws=20
+    )
     assert dict(field["displacement"].sizes) == {"draw": 20, "y": 7, "x": 5, "axis": 2}
     z = torch.tensor([[0.5, -2.0]], dtype=torch.float64)
     place = field.isel(x=3, y=0)
-    one = pm.analysis.flow_field(fit, np.array([0.5, 3.0]), grid=(np.linspace(-1, 1, 5), np.linspace(-2, 2, 7)))
+    one = pm.analysis.flow_field(
+        fit, np.array([0.5, 3.0]), grid=(np.linspace(-1, 1, 5), np.linspace(-2, 2, 7))
+    )
     e = [torch.tensor(v, dtype=torch.float64) for v in (0.5, 3.0)]
     true = (NormalForm.step(z, e) - z)[0].numpy()
     assert one["displacement"].isel(x=3, y=0, draw=0).values == pytest.approx(true, abs=1e-12)
@@ -212,9 +228,13 @@ def test_the_flow_is_the_maps():
     change = [(NormalForm.step(z, [e[0] + a, e[1] + b]) - NormalForm.step(z, e))[0].numpy() for a, b in
               ((0.05, 0), (0, 0.05))]  # fmt: skip
     expected = np.sqrt(np.square(change).sum(0))
-    assert place["displacement_sd"].values == pytest.approx(expected, rel=0.6)  # of 20 draws: 4 standard errors
+    assert place["displacement_sd"].values == pytest.approx(
+        expected, rel=0.6
+    )  # of 20 draws: 4 standard errors
     assert place["speed_mean"].item() == pytest.approx(place["speed"].mean().item())
-    wide = pm.analysis.flow_field(fit, "x", grid=(np.linspace(-9, 9, 25), np.linspace(-9, 9, 25)), num_draws=0)
+    wide = pm.analysis.flow_field(
+        fit, "x", grid=(np.linspace(-9, 9, 25), np.linspace(-9, 9, 25)), num_draws=0
+    )
     assert wide["visited"][12, 12] and not wide["visited"][0].any() and wide["density"][0].max() < 1e-6
     assert field["density"].max() == 1 and bool(field["visited"][3, 2])
 
@@ -224,13 +244,17 @@ def test_a_plane_of_principal_axes_is_a_turned_plane_of_latents():
     grid = (np.linspace(-1, 1, 3), np.linspace(-1, 1, 4))
     field = pm.analysis.flow_field(fit, "x", grid=grid, plane=(0, 2), principal=True, num_draws=0)
     axes, center = field["axes"].values, field["center"].values
-    assert axes @ axes.T == pytest.approx(np.eye(2), abs=1e-12) and axes @ center == pytest.approx([0, 0], abs=1e-12)
+    assert axes @ axes.T == pytest.approx(np.eye(2), abs=1e-12) and axes @ center == pytest.approx(
+        [0, 0], abs=1e-12
+    )
     z = center + np.stack(np.meshgrid(*grid), -1) @ axes
     change = z @ Linear.matrix.numpy().T - z
     assert field["displacement"].values[0] == pytest.approx(change @ axes.T, abs=1e-12)
     assert field["speed"].values[0] == pytest.approx(np.linalg.norm(change, axis=-1) / WIDTH)
     plain = pm.analysis.flow_field(fit, "x", plane=(2, 0), num_draws=0)
-    assert plain["axes"].values.tolist() == [[0, 0, 1], [1, 0, 0]] and plain["center"].values[[0, 2]].tolist() == [0, 0]
+    assert plain["axes"].values.tolist() == [[0, 0, 1], [1, 0, 0]] and plain["center"].values[
+        [0, 2]
+    ].tolist() == [0, 0]
 
 
 def test_density_is_that_of_scipy():
@@ -284,7 +308,9 @@ def test_draws_of_a_global_site_go_with_those_of_the_embedding():
             self.shift = PyroSample(dist.Normal(0.0, 1.0).expand([1]).to_event(1))
 
         def transition(self, z, dynamics):
-            return dist.Normal(dynamics(z) + 0.001 * self.shift.unsqueeze(-2), self.process_noise()).to_event(1)
+            return dist.Normal(dynamics(z) + 0.001 * self.shift.unsqueeze(-2), self.process_noise()).to_event(
+                1
+            )
 
     fit = fit_of(Scaled, {"x": (-1.0, 1.0)}, sd=1e-6)
     with torch.no_grad():
@@ -293,7 +319,9 @@ def test_draws_of_a_global_site_go_with_those_of_the_embedding():
     found = pm.analysis.fixed_points(fit, "x", num_draws=40, num_starts=8)
     # z2 = -shift / dt in a fixed point: near Normal(-0.06, 0.01^2), to second order in dt.
     z2 = found["position"].isel(fixed_point=0, latent_dim=1).values
-    assert z2.mean() == pytest.approx(-0.06, abs=5 * 0.01 / np.sqrt(40)) and z2.std() == pytest.approx(0.01, rel=0.5)
+    assert z2.mean() == pytest.approx(-0.06, abs=5 * 0.01 / np.sqrt(40)) and z2.std() == pytest.approx(
+        0.01, rel=0.5
+    )
     middle = pm.analysis.fixed_points(fit, "x", num_draws=0)
     assert middle["position"].values[0, 0, 1] == pytest.approx(-0.06, rel=0.1)
 
@@ -303,7 +331,9 @@ def test_dynamics_of_a_fit_are_those_that_its_paths_follow():
     model, guide = parts(recs := pm.simulate.limit_cycles([3.0, 4.0], num_trials=4, num_steps=20))
     fit = pm.fit(model, guide, recs, **QUICK)
     found = pm.analysis.fixed_points(fit, "w=4", num_draws=3)
-    field = pm.analysis.flow_field(fit, "w=4", num_draws=0, grid=(np.array([0.3, 0.4]), np.array([-0.2, 0.5])))
+    field = pm.analysis.flow_field(
+        fit, "w=4", num_draws=0, grid=(np.array([0.3, 0.4]), np.array([-0.2, 0.5]))
+    )
     loc = fit.statistics[1, :1].reshape(1, 1, 1)
     with torch.no_grad():
         z = torch.tensor([0.4, 0.5]).reshape(1, 1, 1, 2)
@@ -407,6 +437,8 @@ def test_a_single_latent_has_no_cycle():
             return 0.5 * z + 0.0 * e[0].unsqueeze(-1)
 
     fit = fit_of(Line, {"x": (0.0,)}, latent_dim=1)
-    assert pm.analysis.fixed_points(fit, "x", num_draws=2)["position"].values == pytest.approx(np.zeros((2, 1, 1)))
+    assert pm.analysis.fixed_points(fit, "x", num_draws=2)["position"].values == pytest.approx(
+        np.zeros((2, 1, 1))
+    )
     with pytest.raises(ValueError, match="two latents or more"):
         pm.analysis.limit_cycles(fit, "x")

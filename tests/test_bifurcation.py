@@ -26,7 +26,10 @@ def test_a_hopf_bifurcation_is_where_it_is():
     radius = found["radius"].max("cycle").values
     assert radius[has] == pytest.approx(np.sqrt(mu[has]), rel=1e-3)
     rate = found["cycle_growth_rate"].max("cycle").values
-    assert rate[has] == pytest.approx(-2 * mu[has], rel=0.02) and found["cycle_stable"].any("cycle").values[has].all()
+    assert (
+        rate[has] == pytest.approx(-2 * mu[has], rel=0.02)
+        and found["cycle_stable"].any("cycle").values[has].all()
+    )
     assert found["s"].values == pytest.approx(np.linspace(0, 1, 7))
 
 
@@ -56,8 +59,12 @@ def test_a_path_through_zero_along_a_principal_axis():
     e = found["embedding"].values
     assert found.sizes["draw"] == 1 and e[0, 2] == pytest.approx([0, 0], abs=1e-12)
     axis = np.linalg.svd(np.array(list(names.values())) - np.mean(list(names.values()), 0))[2][0]
-    assert abs(e[0, -1] @ axis) == pytest.approx(np.abs(np.array(list(names.values())) @ axis).max(), rel=1e-5)
-    corner = pm.analysis.bifurcation(fit, ["r-1", np.array([0.0, 2.0]), "r1"], num_points=5, with_cycles=False)
+    assert abs(e[0, -1] @ axis) == pytest.approx(
+        np.abs(np.array(list(names.values())) @ axis).max(), rel=1e-5
+    )
+    corner = pm.analysis.bifurcation(
+        fit, ["r-1", np.array([0.0, 2.0]), "r1"], num_points=5, with_cycles=False
+    )
     assert corner["embedding"].values[:, 2] == pytest.approx(np.tile([0.0, 2.0], (50, 1)), abs=0.2)
 
 

@@ -86,11 +86,14 @@ class Maps:
                     states.append(z)
             return torch.stack(states, -2)
 
-    def noisy_path(self, num_trials: int, num_bins: int) -> Tensor:
-        """Draws of the model's own paths, ``(S, num_trials, num_bins, latent_dim)``."""
+    def noisy_path(self, num_trials: int, num_bins: int, first: Tensor | None = None) -> Tensor:
+        """Draws of the model's own paths, ``(S, num_trials, num_bins, latent_dim)``, maybe from first states on."""
         with torch.no_grad(), self._sites():
-            initial = self.model.initial_state(self.embedding)
-            z = initial.expand((self.num_draws, 1, num_trials)).sample().unsqueeze(-2)
+            if first is None:
+                z = self.model.initial_state(self.embedding).expand((self.num_draws, 1, num_trials)).sample()
+            else:
+                z = first.expand(self.num_draws, 1, -1, -1)
+            z = z.unsqueeze(-2)
             states = [z]
             for _ in range(num_bins - 1):
                 z = self.model.transition(z, self.dynamics).sample().clamp(-BOUND, BOUND)
@@ -202,15 +205,15 @@ class Source:
         if isinstance(at, xr.DataArray) and {"chain", "draw"} <= set(at.dims):
             at = at.stack(sample=("chain", "draw")).transpose(..., "sample", "embedding_dim")
         try:
-            value = checks.as_numpy(at)  # type: ignore[arg-type]
+            value = checks.as_numpy(at)
             value = value.astype(np.float64)
         except (TypeError, ValueError):
             value = np.zeros(())
         size = self.model.embedding_dim
         if value.ndim not in (1, 2, 3) or value.shape[-1] != size or not value.size:
             raise ValueError(
-                f"{self.caller}: needed a recording's name (or a list of them), or an embedding ({size},), draws of it "
-                f"(draw, {size}) or points (point, draw, {size}), got "
+                f"{self.caller}: needed a recording's name (or a list of them), or an embedding ({size},), draws of "
+                f"it (draw, {size}) or points (point, draw, {size}), got "
                 + (f"shape {value.shape}" if value.ndim else repr(at))
             )
         if not np.isfinite(value).all():
@@ -220,7 +223,9 @@ class Source:
                 f"{self.caller}: needed a recording's name, got an embedding; the dynamics of "
                 f"{type(self.model).__name__} depend on more than the embedding"
             )
-        points = torch.as_tensor(value.reshape(-1, *value.shape[-2:]) if value.ndim > 1 else value[None, None])
+        points = torch.as_tensor(
+            value.reshape(-1, *value.shape[-2:]) if value.ndim > 1 else value[None, None]
+        )
         points = points.to(self.fit.device)
         places = [Place(k, None, e, e.mean(0, keepdim=True)) for k, e in enumerate(points)]
         return ("point" if value.ndim == 3 else None), places
@@ -249,8 +254,8 @@ class Source:
             good, reason = False, f"none ({type(error).__name__})"
         if not good:
             raise ValueError(
-                f"{self.caller}: needed a transition with a mean, the deterministic part of the dynamics, got {reason} "
-                f"from {type(self.model).__name__}.transition"
+                f"{self.caller}: needed a transition with a mean, the deterministic part of the dynamics, got "
+                f"{reason} from {type(self.model).__name__}.transition"
             )
 
 

@@ -11,8 +11,8 @@ from scipy.optimize import linear_sum_assignment
 def assigned(known: np.ndarray, found: np.ndarray, gate: float) -> np.ndarray:
     """Which of ``known`` each of ``found`` is, one to one; -1 for none of them.
 
-    Minimises the sum of squared distances of the pairs, where a point without a partner costs ``gate^2 / 2``, so that no
-    pair is farther apart than ``gate``.
+    Minimises the sum of squared distances of the pairs, where a point without a partner costs ``gate^2 / 2``, so that
+    no pair is farther apart than ``gate``.
 
     Args:
         known: ``(A, q)``.

@@ -36,7 +36,9 @@ def roots(maps: Maps, z: Tensor, scale: float, tolerance: float) -> tuple[Tensor
         most = int(going.sum(1).max())
         if not most:
             break
-        at = torch.argsort(going.int(), dim=1, descending=True, stable=True)[:, :most]  # the same number in every draw
+        at = torch.argsort(going.int(), dim=1, descending=True, stable=True)[
+            :, :most
+        ]  # the same number in every draw
         here, r, old = z[rows, at], residual[rows, at], size[rows, at]
         step = newton_step(slope[rows, at], r)
         length = step.norm(dim=-1, keepdim=True)
@@ -58,7 +60,9 @@ def newton_step(slope: Tensor, residual: Tensor) -> Tensor:
     transposed = slope.mT
     normal = transposed @ slope
     ridge = RIDGE * normal.diagonal(dim1=-2, dim2=-1).mean(-1).clamp(min=1e-300)
-    normal = normal + ridge[..., None, None] * torch.eye(slope.shape[-1], dtype=slope.dtype, device=slope.device)
+    normal = normal + ridge[..., None, None] * torch.eye(
+        slope.shape[-1], dtype=slope.dtype, device=slope.device
+    )
     step, info = torch.linalg.solve_ex(normal, -(transposed @ residual.unsqueeze(-1)).squeeze(-1))
     good = (info == 0) & step.isfinite().all(-1)
     return torch.where(good.unsqueeze(-1), step, torch.zeros_like(step))

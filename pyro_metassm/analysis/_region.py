@@ -100,7 +100,9 @@ def visited(source: Source, place: Place, recs: Recordings | None) -> Region:
         )
     else:
         with seeded(source.seed, "visited", source.fit.device):
-            states = to_numpy(source.maps_of_mean(place).noisy_path(PATHS, BINS)[0]).reshape(-1, source.latent_dim)
+            states = to_numpy(source.maps_of_mean(place).noisy_path(PATHS, BINS)[0]).reshape(
+                -1, source.latent_dim
+            )
     states = states[np.isfinite(states).all(1)]
     scale = np.median(np.abs(states), 0) if len(states) else np.zeros(1)
     states = states[(np.abs(states) < 1e3 * (scale + 1e-12).max()).all(1)] if len(states) else states
@@ -110,7 +112,9 @@ def visited(source: Source, place: Place, recs: Recordings | None) -> Region:
             "pass recs=, the data, if the model's own paths explode"
         )
     rng = np.random.default_rng(source.seed)
-    return Region.of(states if len(states) <= STATES else states[rng.choice(len(states), STATES, replace=False)])
+    return Region.of(
+        states if len(states) <= STATES else states[rng.choice(len(states), STATES, replace=False)]
+    )
 
 
 def mean_latents(fit: Fit, recs: Recordings, name: str, seed: int = 0) -> np.ndarray:

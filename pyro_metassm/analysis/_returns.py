@@ -39,10 +39,10 @@ class Cycles:
 def closed_orbits(maps: Maps, x: Tensor, scale: float, longest: int, phases: int) -> Cycles:
     r"""The closed orbits that orbits through ``x (S, d)`` are close to.
 
-    The section is the plane through ``x`` across the displacement there. ``P`` takes a point of it to where the orbit,
-    interpolated through six states in a row, next crosses it in the same direction, near where it began. Newton's method
-    solves ``P(x) = x``, with the derivative from central differences; where it makes things worse, the orbit's own
-    return is where it goes on from. A search that has been worse three times is given up.
+    The section is the plane through ``x`` across the displacement there. ``P`` takes a point of it to where the
+    orbit, interpolated through six states in a row, next crosses it in the same direction, near where it began.
+    Newton's method solves ``P(x) = x``, with the derivative from central differences; where it makes things worse,
+    the orbit's own return is where it goes on from. A search that has been worse three times is given up.
 
     Args:
         maps: of S draws.
@@ -87,7 +87,9 @@ def closed_orbits(maps: Maps, x: Tensor, scale: float, longest: int, phases: int
         window = int(float(bins[good].max())) + 2 * NODES
         orbit = torch.cat([start, maps.subset(good.nonzero()[:, 0]).path(start, window)[:, 0]], 1)
         times = torch.arange(phases, dtype=x.dtype, device=x.device) / phases
-        path[good] = interpolated(orbit, times * bins[good][:, None] + 2)  # where there are nodes on either side
+        path[good] = interpolated(
+            orbit, times * bins[good][:, None] + 2
+        )  # where there are nodes on either side
     return Cycles(bins, torch.linalg.eigvals(slopes), good, path)
 
 
@@ -117,8 +119,8 @@ def _return(maps: Maps, x: Tensor, section: Section, window: int, h: float, smal
     Orbits from neighbours of a point, ``h`` away, cross where the point's own does: the derivative is of one formula.
 
     Returns:
-        states ``(S, d)``, the derivative along the section ``(S, d - 1, d - 1)``, bins ``(S,)``, and whether it returns
-        ``(S,)``.
+        states ``(S, d)``, the derivative along the section ``(S, d - 1, d - 1)``, bins ``(S,)``, and whether it
+        returns ``(S,)``.
     """
     size = x.shape[-1]
     along = h * section.basis.mT
@@ -134,7 +136,10 @@ def _return(maps: Maps, x: Tensor, section: Section, window: int, h: float, smal
     begin = torch.where(found, up.int().argmax(-1), 2) - 2
     index = begin[:, None] + torch.arange(NODES, device=x.device)
     rows = torch.arange(len(path), device=x.device)[:, None]
-    nodes, heights = path[rows, :, index].movedim(1, 2), height[rows, :, index].movedim(1, 2)  # (S, M, NODES, ...)
+    nodes, heights = (
+        path[rows, :, index].movedim(1, 2),
+        height[rows, :, index].movedim(1, 2),
+    )  # (S, M, NODES, ...)
     time = _zero(heights)
     state = (_weights(time).unsqueeze(-1) * nodes).sum(-2)
     slope = torch.einsum("sij,ski->sjk", section.basis, state[:, 1:size] - state[:, size:]) / (2 * h)

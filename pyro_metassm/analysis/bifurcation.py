@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -37,32 +38,31 @@ def bifurcation(
 ) -> xr.Dataset:
     r"""Fixed points and limit cycles along a path through the embeddings, as branches with posterior bands.
 
-    Between waypoints the path is straight, ``e(s) = (1 - s) e_a + s e_b``, draw by draw: the bands are what the posterior
-    of the recordings at its waypoints leaves open. At every point the fixed points (:func:`fixed_points`) and the
-    attracting cycles (:func:`limit_cycles`) of the middle of the draws are looked for anew and from those of the point
-    before, and joined to branches by the assignment of smallest squared distance, within 0.3 of the region's scale; those
-    of the draws are joined to these branches.
+    Between waypoints the path is straight, ``e(s) = (1 - s) e_a + s e_b``, draw by draw: the bands are what the
+    posterior of the recordings at its waypoints leaves open. At every point the fixed points (:func:`fixed_points`)
+    and the attracting cycles (:func:`limit_cycles`) of the middle of the draws are looked for anew and from those of
+    the point before, and joined to branches by the assignment of smallest squared distance, within 0.3 of the
+    region's scale; those of the draws are joined to these branches.
 
     Args:
         fit: a fit.
         along: waypoints, two or more, each a recording's name or an embedding ``(embedding_dim,)``; or the number of a
             principal axis of the recordings' embeddings, along which the path goes through 0 as far as they lie. Of a
             path of embeddings alone all draws are the same, but for global sites.
-        num_points: of the path.
-        with_cycles: look for cycles, too.
-        recs: data that say which states are visited: all of them; without them the model's own paths at the ends and in
+        num_points: of the path. with_cycles: look for cycles, too. recs: data that say which states are visited: all
+        of them; without them the model's own paths at the ends and in
             the middle of the path, as for :func:`flow_field`.
         num_draws: of the embeddings at the waypoints; 0 for their means alone.
         seed: of the draws and the starts.
 
     Returns:
         over ``draw``, ``point`` (coordinate ``s``, the share of the path's length) and ``branch``: ``position
-        (latent_dim)``, ``growth_rate`` and ``frequency (eigenvalue)`` by falling growth, ``num_unstable``, ``stable``, as
-        of :func:`fixed_points`; ``crossing (draw, branch, crossing)``, the ``s`` where the number of unstable
-        eigenvalues of a branch changes, linear between points, and ``crossing_frequency`` (Hz), which is 0 unless it is
-        a Hopf bifurcation; ``count (draw, point)`` of all fixed points, those on no branch, too; over ``cycle``:
-        ``period`` (s), ``radius``, ``cycle_growth_rate`` (1/s, of the slowest multiplier), ``cycle_stable``; ``embedding
-        (draw, point, embedding_dim)``. NaN (-1, False) where there is none.
+        (latent_dim)``, ``growth_rate`` and ``frequency (eigenvalue)`` by falling growth, ``num_unstable``,
+        ``stable``, as of :func:`fixed_points`; ``crossing (draw, branch, crossing)``, the ``s`` where the number of
+        unstable eigenvalues of a branch changes, linear between points, and ``crossing_frequency`` (Hz), which is 0
+        unless it is a Hopf bifurcation; ``count (draw, point)`` of all fixed points, those on no branch, too; over
+        ``cycle``: ``period`` (s), ``radius``, ``cycle_growth_rate`` (1/s, of the slowest multiplier),
+        ``cycle_stable``; ``embedding (draw, point, embedding_dim)``. NaN (-1, False) where there is none.
 
     Raises:
         ValueError: fewer than two waypoints, a principal axis that there is not, and as :func:`flow_field`.
@@ -108,8 +108,8 @@ def _path(fit: Fit, along, num_points: int, num_draws: int, seed: int) -> tuple[
         return _path(fit, ends, num_points, num_draws, seed)
     if isinstance(along, str) or not isinstance(along, Sequence | np.ndarray) or len(along) < 2:
         raise ValueError(
-            "bifurcation: needed two waypoints or more (recordings' names or embeddings), or the number of a principal "
-            f"axis, got {along!r}"
+            "bifurcation: needed two waypoints or more (recordings' names or embeddings), or the number of a "
+            f"principal axis, got {along!r}"
         )
     stops = [Source("bifurcation", fit, stop, num_draws, seed).places[0] for stop in along]
     number = max(len(stop.draws) for stop in stops)
@@ -135,7 +135,9 @@ def _region(source: Source, places: Sequence[Place], recs: Recordings | None) ->
     return Region.of(np.concatenate([visited(source, place, None).states for place in chosen]))
 
 
-def _fixed_points(source: Source, places: Sequence[Place], region: Region, seed: int, s: np.ndarray) -> xr.Dataset:
+def _fixed_points(
+    source: Source, places: Sequence[Place], region: Region, seed: int, s: np.ndarray
+) -> xr.Dataset:
     middle, before = [], np.zeros((0, source.latent_dim))
     for place in places:
         here = find_points(source.maps_of_mean(place), region, STARTS, seed, before)[0]
@@ -163,8 +165,16 @@ def _fixed_points(source: Source, places: Sequence[Place], region: Region, seed:
     return xr.Dataset(
         {
             "position": ((*each, "latent_dim"), position),
-            "growth_rate": ((*each, "eigenvalue"), np.where(there[..., None], growth, np.nan), {"units": "1/s"}),
-            "frequency": ((*each, "eigenvalue"), np.where(there[..., None], frequency, np.nan), {"units": "Hz"}),
+            "growth_rate": (
+                (*each, "eigenvalue"),
+                np.where(there[..., None], growth, np.nan),
+                {"units": "1/s"},
+            ),
+            "frequency": (
+                (*each, "eigenvalue"),
+                np.where(there[..., None], frequency, np.nan),
+                {"units": "Hz"},
+            ),
             "num_unstable": (each, unstable),
             "stable": (each, unstable == 0),
             "crossing": (("draw", "branch", "crossing"), crossing),
@@ -175,11 +185,13 @@ def _fixed_points(source: Source, places: Sequence[Place], region: Region, seed:
 
 
 def _cycles(source: Source, places: Sequence[Place], region: Region, seed: int) -> xr.Dataset:
-    options = {"num_bins": BINS, "longest": LONGEST, "seed": seed}
+    options: dict[str, Any] = {"num_bins": BINS, "longest": LONGEST, "seed": seed}
     middle: list[Found] = []
     for place in places:
         before = middle[-1].path[:, 0] if middle else None
-        middle.append(find_cycles(source.maps_of_mean(place), region, CYCLE_STARTS, **options, more=before)[0])
+        middle.append(
+            find_cycles(source.maps_of_mean(place), region, CYCLE_STARTS, **options, more=before)[0]
+        )
     branches = _branches([f.place for f in middle], GATE * region.scale)
     number = max((int(b.max()) + 1 for b in branches if len(b)), default=0)
     known = _nearest_known([f.place for f in middle], branches, number)
@@ -213,7 +225,7 @@ def _cycles(source: Source, places: Sequence[Place], region: Region, seed: int) 
 def _branches(places: Sequence[np.ndarray], gate: float) -> list[np.ndarray]:
     """Which branch each point belongs to, from one point of the path to the next."""
     result, number = [np.arange(len(places[0]))], len(places[0])
-    for before, here in zip(places, places[1:]):
+    for before, here in zip(places, places[1:], strict=False):
         pair = matching.assigned(before, here, gate)
         new = pair < 0
         branch = np.where(new, -1, result[-1][pair.clip(0)] if len(before) else -1)
@@ -223,7 +235,9 @@ def _branches(places: Sequence[np.ndarray], gate: float) -> list[np.ndarray]:
     return result
 
 
-def _nearest_known(places: Sequence[np.ndarray], branches: Sequence[np.ndarray], number: int) -> list[np.ndarray]:
+def _nearest_known(
+    places: Sequence[np.ndarray], branches: Sequence[np.ndarray], number: int
+) -> list[np.ndarray]:
     """Where every branch is at each point; where it is at the nearest point that has it, if this one lacks it."""
     size = places[0].shape[1]
     known = np.full((len(places), number, size), np.nan)
@@ -243,7 +257,9 @@ def _crossings(s: np.ndarray, growth: np.ndarray, frequency: np.ndarray, unstabl
         order = min(unstable[draw, k, branch], unstable[draw, k + 1, branch])  # the first that crosses
         low, high = growth[draw, k, branch, order], growth[draw, k + 1, branch, order]
         share = low / (low - high) if low != high else 0.5
-        turning = (1 - share) * frequency[draw, k, branch, order] + share * frequency[draw, k + 1, branch, order]
+        turning = (1 - share) * frequency[draw, k, branch, order] + share * frequency[
+            draw, k + 1, branch, order
+        ]
         place = s[k] + share * (s[k + 1] - s[k])
         found.setdefault((draw, branch), []).append((float(place), float(turning)))
     most = max(map(len, found.values()), default=0)

@@ -43,11 +43,12 @@ def fixed_points(
     r"""All fixed points ``f_e(z) = z`` in the visited region, for draws of the embedding, matched to one another.
 
     ``f_e(z) = E[z_{t+1} | z_t = z, e]``. Newton's method with backtracking, in float64 and with exact Jacobians, from
-    ``num_starts`` states of every draw (half of them visited, half between two visited ones), and from the fixed points
-    of the middle of the draws, which are looked for from 256. A solution has ``|f(z) - z| <= 1e-9`` of the region's
-    scale (the root mean square distance of visited states from their mean); two within 1e-3 of it are one, and so are
-    two within 0.05 if what lies halfway is within ten times the tolerance. They are kept in the box around the visited states along their principal axes, widened by 10 % on either side. Of a continuous
-    attractor single points are found, as many as the starts lead to.
+    ``num_starts`` states of every draw (half of them visited, half between two visited ones), and from the fixed
+    points of the middle of the draws, which are looked for from 256. A solution has ``|f(z) - z| <= 1e-9`` of the
+    region's scale (the root mean square distance of visited states from their mean); two within 1e-3 of it are one,
+    and so are two within 0.05 if what lies halfway is within ten times the tolerance. They are kept in the box around
+    the visited states along their principal axes, widened by 10 % on either side. Of a continuous attractor single
+    points are found, as many as the starts lead to.
 
     In different draws a point is the same if it is one in the assignment that minimises the sum of squared distances
     to the points of the middle of the draws (those that these lack: to where they first turned up), within half the
@@ -66,10 +67,10 @@ def fixed_points(
         over ``draw`` and ``fixed_point``, by falling ``probability`` (the share of draws that have the point):
         ``position (draw, fixed_point, latent_dim)``; ``eigenvalue_real``, ``eigenvalue_imag (draw, fixed_point,
         eigenvalue)`` of the Jacobian of a bin, by falling modulus; in continuous time, ``log(eigenvalue) / dt``,
-        ``growth_rate`` (1/s) and ``frequency`` (Hz); ``num_unstable``, eigenvalues outside the unit circle; ``stable``,
-        there is none; ``type``: "node" or "focus" (as the leading eigenvalue turns), stable or unstable, "saddle" if
-        some are inside and some outside; ``nearest``, the distance to the nearest visited state over the scale. Where a
-        draw lacks a point they are NaN, -1, False and "". ``count (draw)``: their number.
+        ``growth_rate`` (1/s) and ``frequency`` (Hz); ``num_unstable``, eigenvalues outside the unit circle;
+        ``stable``, there is none; ``type``: "node" or "focus" (as the leading eigenvalue turns), stable or unstable,
+        "saddle" if some are inside and some outside; ``nearest``, the distance to the nearest visited state over the
+        scale. Where a draw lacks a point they are NaN, -1, False and "". ``count (draw)``: their number.
 
     Raises:
         ValueError: as :func:`flow_field`.
@@ -115,8 +116,7 @@ def find(
     order = np.lexsort((-eigenvalues.imag, -np.abs(eigenvalues).round(12)), axis=-1)
     eigenvalues = np.take_along_axis(eigenvalues, order, -1)
     return [
-        Found(p[k], v[k])
-        for p, v, k in zip(to_numpy(position), eigenvalues, to_numpy(there), strict=True)
+        Found(p[k], v[k]) for p, v, k in zip(to_numpy(position), eigenvalues, to_numpy(there), strict=True)
     ]
 
 

@@ -29,11 +29,12 @@ def flow_field(
     num_draws: int = 100,
     seed: int = 0,
 ) -> xr.Dataset:
-    r"""Mean displacement in a bin, ``E[z_{t+1} - z_t | z_t = z, e]``, on a plane of latents, for draws of the embedding.
+    r"""Mean displacement in a bin, ``E[z_{t+1} - z_t | z_t = z, e]``, on a plane of latents, for draws of the
+    embedding.
 
-    The plane is that of two latents, or of two principal axes of the visited states; all else is at its mean over these.
-    Visited states are the posterior means of the latents in ``recs`` (of all of them for an embedding that is no
-    recording's); without ``recs`` those of 64 paths of 200 bins of the model itself, from its initial state on.
+    The plane is that of two latents, or of two principal axes of the visited states; all else is at its mean over
+    these. Visited states are the posterior means of the latents in ``recs`` (of all of them for an embedding that is
+    no recording's); without ``recs`` those of 64 paths of 200 bins of the model itself, from its initial state on.
 
     Args:
         fit: a fit.
@@ -71,7 +72,10 @@ def flow_field(
     plane = _plane(source, plane)
     sides = _sides(grid)
     return source.stacked(
-        [_field(source, place, visited(source, place, recs), plane, principal, sides) for place in source.places]
+        [
+            _field(source, place, visited(source, place, recs), plane, principal, sides)
+            for place in source.places
+        ]
     )
 
 
@@ -91,17 +95,21 @@ def _sides(grid: Grid) -> int | tuple[np.ndarray, np.ndarray]:
         checks.integers(least=2, grid=grid)
         return int(grid)
     sides = [np.asarray(side) for side in grid] if isinstance(grid, list | tuple) else []
-    if len(sides) != 2 or any(s.dtype.kind not in "if" or s.ndim != 1 or len(s) < 2 or not (np.diff(s) > 0).all() for s in sides):
+    if len(sides) != 2 or any(
+        s.dtype.kind not in "if" or s.ndim != 1 or len(s) < 2 or not (np.diff(s) > 0).all() for s in sides
+    ):
         raise ValueError(
-            "flow_field: needed a grid as a number of points, or as the coordinates of its two sides, each rising, got "
-            f"{grid!r}"
+            "flow_field: needed a grid as a number of points, or as the coordinates of its two sides, each rising, "
+            f"got {grid!r}"
         )
     return sides[0].astype(float), sides[1].astype(float)
 
 
 def _field(source: Source, place: Place, region: Region, plane, principal: bool, sides) -> xr.Dataset:
     axes = region.axes[list(plane)] if principal else np.eye(source.latent_dim)[list(plane)]
-    center = region.center - (region.center @ axes.T) @ axes  # in the plane, coordinates count from the origin
+    center = (
+        region.center - (region.center @ axes.T) @ axes
+    )  # in the plane, coordinates count from the origin
     states = region.states @ axes.T
     if isinstance(sides, int):
         low, high = np.quantile(states, [0.005, 0.995], axis=0)

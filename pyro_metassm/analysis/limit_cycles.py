@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -10,7 +11,7 @@ import xarray as xr
 
 from pyro_metassm import _checks as checks
 from pyro_metassm.analysis import _matching as matching
-from pyro_metassm.analysis._maps import At, Maps, Place, Source, to_numpy
+from pyro_metassm.analysis._maps import At, Maps, Source, to_numpy
 from pyro_metassm.analysis._region import Region, visited
 from pyro_metassm.analysis._returns import SMALLEST, closed_orbits
 from pyro_metassm.recordings import Recordings
@@ -49,14 +50,16 @@ def limit_cycles(
     longest: int = 400,
     seed: int = 0,
 ) -> xr.Dataset:
-    r"""Limit cycles of ``z -> E[z' | z, e]`` in the visited region, for draws of the embedding, matched to one another.
+    r"""Limit cycles of ``z -> E[z' | z, e]`` in the visited region, for draws of the embedding, matched to one
+    another.
 
     Noise-free orbits are followed for ``num_bins`` bins from ``num_starts`` states (visited ones and states between
-    two) of every draw, and of the middle of the draws from 24, whose cycles every draw's search begins from, too. From
-    there Newton's method solves ``P(x) = x`` for the return map ``P`` to a plane across the orbit, where the orbit between
-    its bins is interpolated through six states: a period is known to a small fraction of a bin if it is of ten or more.
-    So cycles that attract are found, and others only where a draw's neighbours attract. A cycle is kept if all of it
-    lies in the box that :func:`fixed_points` keeps to. What repeats after less than some eight bins is no cycle here.
+    two) of every draw, and of the middle of the draws from 24, whose cycles every draw's search begins from, too.
+    From there Newton's method solves ``P(x) = x`` for the return map ``P`` to a plane across the orbit, where the
+    orbit between its bins is interpolated through six states: a period is known to a small fraction of a bin if it is
+    of ten or more. So cycles that attract are found, and others only where a draw's neighbours attract. A cycle is
+    kept if all of it lies in the box that :func:`fixed_points` keeps to. What repeats after less than some eight bins
+    is no cycle here.
 
     Args:
         fit: a fit with two latents or more.
@@ -69,11 +72,11 @@ def limit_cycles(
         seed: of the draws and the starts.
 
     Returns:
-        over ``draw`` and ``cycle``, by falling ``probability (cycle)``: ``period`` (s); ``radius``, the root mean square
-        distance from the ``center (latent_dim)``; ``multiplier_real``, ``multiplier_imag (multiplier)``: the ``latent_dim
-        - 1`` Floquet multipliers, by falling modulus, without the one along the cycle, which is 1; ``growth_rate
-        (multiplier)``, ``log |multiplier| / period`` (1/s); ``stable``; ``path (phase, latent_dim)``, 64 states at equal
-        steps of time; ``count (draw)``. NaN (False) where a draw lacks a cycle.
+        over ``draw`` and ``cycle``, by falling ``probability (cycle)``: ``period`` (s); ``radius``, the root mean
+        square distance from the ``center (latent_dim)``; ``multiplier_real``, ``multiplier_imag (multiplier)``: the
+        ``latent_dim - 1`` Floquet multipliers, by falling modulus, without the one along the cycle, which is 1;
+        ``growth_rate (multiplier)``, ``log |multiplier| / period`` (1/s); ``stable``; ``path (phase, latent_dim)``,
+        64 states at equal steps of time; ``count (draw)``. NaN (False) where a draw lacks a cycle.
 
     Raises:
         ValueError: as :func:`flow_field`; a single latent.
@@ -95,7 +98,7 @@ def limit_cycles(
     parts = []
     for place in source.places:
         region = visited(source, place, recs)
-        given = {"num_bins": num_bins, "longest": longest, "seed": seed}
+        given: dict[str, Any] = {"num_bins": num_bins, "longest": longest, "seed": seed}
         of_mean = find(source.maps_of_mean(place), region, STARTS_OF_MEAN, **given)[0]
         found = find(source.maps(place), region, num_starts, **given, more=of_mean.path[:, 0])
         parts.append(_dataset(source, region, of_mean, found))
@@ -134,7 +137,9 @@ def _add(found: list[Found], maps: Maps, points: torch.Tensor, region: Region, l
     pairs = [
         (draw, number)
         for draw, number in np.argwhere(np.isfinite(known).all(-1)).tolist()
-        if not any(_distance(path, known[draw, number, None]) <= SAME * _radius(path) for path in found[draw].path)
+        if not any(
+            _distance(path, known[draw, number, None]) <= SAME * _radius(path) for path in found[draw].path
+        )
     ]
     if not pairs:
         return

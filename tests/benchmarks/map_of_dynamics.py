@@ -2,12 +2,12 @@
 
     python tests/benchmarks/map_of_dynamics.py FIT [FIT ...] [--seeds 0 1 2] [--held-out 16] [--json FILE]
 
-``FIT`` are folders that ``Fit.save`` wrote, of fits to ``Bifurcations().training(seed)`` with these seeds; ``--held-out N``
-also adapts each to the study's unseen recordings with N trials. Learned positions are mapped to the truth's coordinates by
-:func:`pyro_metassm.plots.align` on test trials. A fixed point is found if one lies within 15 % of the range of the true
-latents. Where the truth itself is marginal (a = 0, b = 0, mu = 0: a rate of 0) stability is not counted. Bands are those of
-the guide's posterior of the embedding, and of two others of it: with the spread of the embedding over trials, and with that
-of its mean.
+``FIT`` are folders that ``Fit.save`` wrote, of fits to ``Bifurcations().training(seed)`` with these seeds;
+``--held-out N`` also adapts each to the study's unseen recordings with N trials. Learned positions are mapped to the
+truth's coordinates by :func:`pyro_metassm.plots.align` on test trials. A fixed point is found if one lies within 15 %
+of the range of the true latents. Where the truth itself is marginal (a = 0, b = 0, mu = 0: a rate of 0) stability is
+not counted. Bands are those of the guide's posterior of the embedding, and of two others of it: with the spread of
+the embedding over trials, and with that of its mean.
 """
 
 from __future__ import annotations
@@ -62,7 +62,11 @@ def bands(fit: pm.Fit, recs: pm.Recordings, name: str, num_draws: int, seed: int
     means = [recording_statistics(fit.guide, recs, name, [k])[: len(loc)].double().numpy() for k in trials]
     spread = np.std(means, axis=0, ddof=1)
     noise = np.random.default_rng(seed).standard_normal((num_draws, len(loc)))
-    kinds = {"guide": variance**0.5, "trials": spread, "trials/sqrt(n)": spread / recs[name].num_trials**0.5}
+    kinds = {
+        "guide": variance**0.5,
+        "trials": spread,
+        "trials/sqrt(n)": spread / recs[name].num_trials ** 0.5,
+    }
     return {kind: loc + sd * noise for kind, sd in kinds.items()}
 
 
@@ -87,7 +91,10 @@ def measure(fit: pm.Fit, train: pm.Recordings, test: pm.Recordings, name: str, s
             right = None if marginal else (growth > 0) == (true > 0)
             pairs.append((position, k, float(error[k]), right, float(growth), float(true)))
     row |= {"missed": len(truth) - len(pairs), "invented": len(at) - len({k for _, k, *_ in pairs})}
-    row |= {"error": [p[2] for p in pairs], "stability": [None if p[3] is None else bool(p[3]) for p in pairs]}
+    row |= {
+        "error": [p[2] for p in pairs],
+        "stability": [None if p[3] is None else bool(p[3]) for p in pairs],
+    }
     row |= {"growth": [p[4] for p in pairs], "true_growth": [p[5] for p in pairs]}
     row |= {"mu": attrs.get("mu"), "true_period": true_period(attrs)}
     cycles = analysis.limit_cycles(fit, name, recs=train, num_draws=0).isel(draw=0)
@@ -125,7 +132,7 @@ def _band(draws: np.ndarray, truth: np.ndarray) -> list[tuple[bool, float]]:
 def crossing(rows: list[dict]) -> float | None:
     """Where the growth rate of the focus of the Hopf recordings is 0, between recordings."""
     points = sorted((r["mu"], r["growth"][0]) for r in rows if r["mu"] is not None and r["growth"])
-    for (m0, g0), (m1, g1) in zip(points, points[1:]):
+    for (m0, g0), (m1, g1) in zip(points, points[1:], strict=False):
         if g0 <= 0 < g1:
             return m0 - g0 * (m1 - m0) / (g1 - g0)
     return None
@@ -159,26 +166,40 @@ def summary(rows: list[dict]) -> dict:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("fits", nargs="+")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--held-out", type=int, default=0)
     parser.add_argument("--json")
     options = parser.parse_args(arguments)
     result = []
-    for path, seed in zip(options.fits, options.seeds):
+    for path, seed in zip(options.fits, options.seeds, strict=True):
         fit, family = pm.load(path), Bifurcations()
         train, test = family.training(seed)
         rows = [measure(fit, train, test, name, seed) for name in fit.names]
         result.append({"fit": path, "seed": seed, "which": "known", "rows": rows, "summary": summary(rows)})
-        print(path, "known", *(f"\n  {key}: {value}" for key, value in result[-1]["summary"].items()), flush=True)
+        print(
+            path,
+            "known",
+            *(f"\n  {key}: {value}" for key, value in result[-1]["summary"].items()),
+            flush=True,
+        )
         if options.held_out:
             pool, unseen = family.held_out()
             few = split(pool, options.held_out)[0]
             adapted = pm.adapt(fit, few, seed=seed, progress=False)
             rows = [measure(adapted, few, unseen, name, seed) for name in few.names]
-            result.append({"fit": path, "seed": seed, "which": "held out", "rows": rows, "summary": summary(rows)})
-            print(path, "held out", *(f"\n  {key}: {value}" for key, value in result[-1]["summary"].items()), flush=True)
+            result.append(
+                {"fit": path, "seed": seed, "which": "held out", "rows": rows, "summary": summary(rows)}
+            )
+            print(
+                path,
+                "held out",
+                *(f"\n  {key}: {value}" for key, value in result[-1]["summary"].items()),
+                flush=True,
+            )
     if options.json:
         write(Path(options.json), {"fits": result})
 
