@@ -13,6 +13,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from pyro_metassm.history import History
+from pyro_metassm.resuming import check_state
 
 FORMAT = 1
 
@@ -69,12 +70,26 @@ def resume(folder: str | Path, trainer) -> bool:
     if not path.exists():
         return False
     header, tensors = _read(path, trainer.device)
-    if header["specification"] != specification(trainer):
+    found = header.get("specification")
+    if not isinstance(found, dict):
+        raise ValueError(f"checkpoint {path}: needed a specification, got {found!r:.100}")
+    if found != specification(trainer):
         raise ValueError(
             f"checkpoint {path}: needed the state of this fit, got that of another specification (it differs in "
             f"{_differences(specification(trainer), header['specification'])}); "
             "choose another folder, or delete this one"
         )
+    try:
+        check_state(header, tensors, trainer)
+        _restore(header, tensors, trainer)
+    except Exception as error:  # of torch and numpy: files may say anything
+        raise ValueError(
+            f"checkpoint {path}: needed the state of this fit, got one that cannot be taken up: {error!r}"
+        ) from error
+    return True
+
+
+def _restore(header: dict, tensors: dict[str, torch.Tensor], trainer) -> None:
     trainer.model.load_state_dict(_part(tensors, "model."))
     trainer.guide.load_state_dict(_part(tensors, "guide."))
     state: dict[int, dict] = {}
@@ -90,7 +105,6 @@ def resume(folder: str | Path, trainer) -> bool:
     trainer.history = History({k: v.tolist() for k, v in _part(tensors, "history.").items()})
     trainer.step, trainer.seconds = header["step"], header["seconds"]
     trainer.keep()
-    return True
 
 
 def specification(trainer) -> dict:
@@ -131,7 +145,7 @@ def _read(path: Path, device: torch.device) -> tuple[dict, dict[str, torch.Tenso
         with safe_open(path, framework="pt") as file:
             header = json.loads((file.metadata() or {}).get("checkpoint", "null"))
         tensors = load_file(path, device=str(device))
-    except (SafetensorError, OSError, ValueError) as error:
+    except (SafetensorError, OSError, ValueError, RecursionError) as error:
         raise ValueError(
             f"checkpoint {path}: needed a safetensors file of a fit, got one that cannot be read: {error}"
         ) from error

@@ -11,7 +11,7 @@ ROOT = Path(__file__).resolve().parents[1]
 # with a leading underscore are private parts of the modules of their layer.
 LAYERS: tuple[set[str], ...] = (
     {
-        "_batch", "_checks", "_machine", "_recording", "_summary",
+        "_attributes", "_batch", "_checks", "_machine", "_recording", "_summary",
         "adaptations", "blocks", "capture", "describing", "dims", "distributions", "dynamics", "global_sites", "hooks",
         "io", "likelihoods", "native", "neurons", "observations", "products", "rebuilding", "recordings", "simulate",
         "sites", "transitions",
@@ -20,7 +20,7 @@ LAYERS: tuple[set[str], ...] = (
     {"guides"},
     {
         "adaptation", "checkpoints", "draws", "elbo", "few_shot", "for_arviz", "frames", "history", "joining",
-        "keeping", "optimizers", "posterior", "read_outs", "result", "rollouts", "saving", "training", "trees",
+        "keeping", "optimizers", "posterior", "read_outs", "result", "resuming", "rollouts", "saving", "training", "trees",
         "warm_start", "windows",
     },
     {
