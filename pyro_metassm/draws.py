@@ -53,7 +53,8 @@ def posterior_chunks(
 
     All draws of some trials come one after the other, then those of the next trials; ``horizon`` more bins are allowed
     for in the size of a chunk. Draws depend on the seed, on the recording and on how it is cut into chunks, on no other
-    recording; the random state is restored when the iterator ends.
+    recording; the random state is restored when the iterator ends. It is to be iterated alone
+    (:func:`pyro_metassm._machine.alone`).
     """
     recording = recs[name]
     rows = list(range(recording.num_trials)) if rows is None else rows
@@ -66,7 +67,7 @@ def posterior_chunks(
     # One embedding a draw for all trials: the first trials draw it, the others are given it.
     embeddings: dict[int, Tensor] = {}
     shared = global_draws(fit, num_samples, seed)
-    with machine.random_forked(fit.device), torch.no_grad():
+    with machine.random_forked(fit.device, alone=False), torch.no_grad():
         for start in range(0, len(rows), trials_at_once):
             trials = np.array(rows[start : start + trials_at_once])
             batch = recs.batch(

@@ -13,6 +13,7 @@ import xarray as xr
 from pyro import poutine
 
 from pyro_metassm import _checks as checks
+from pyro_metassm import _machine as machine
 from pyro_metassm import draws as drawing
 from pyro_metassm import keeping, trees
 from pyro_metassm.dims import dims
@@ -38,6 +39,7 @@ from pyro_metassm.result import Fit
 MAX_GIB = 4.0  # of what is kept of draws, unless more is asked for
 
 
+@machine.alone()
 def posterior(
     fit: Fit,
     recs: Recordings,
@@ -206,16 +208,19 @@ def forecast(
     for name, recording in recs.items():
         kept, chosen = stores.pop(name), rows[name]
         embedding = np.empty((num_samples, fit.model.embedding_dim), np.float32)
-        for chunk in forecast_chunks(
-            fit, recs, name, chosen, context, horizon, num_samples, seed, chunk_size
-        ):
-            y = observation(fit.model, chunk.latents, chunk.batch)
-            embedding[chunk.draws] = to_numpy(chunk.embedding[:, 0, 0])
-            values = {"latents": chunk.latents, "rates": y.mean}
-            if predictive:
-                values["observations"] = y.sample()
-            places = np.searchsorted(chosen, chunk.trials)
-            kept.put(chunk.draws, places, {key: to_numpy(value[:, 0]) for key, value in values.items()}, None)
+        with machine.alone():  # not the whole function, whose warnings are to point at the caller
+            for chunk in forecast_chunks(
+                fit, recs, name, chosen, context, horizon, num_samples, seed, chunk_size
+            ):
+                y = observation(fit.model, chunk.latents, chunk.batch)
+                embedding[chunk.draws] = to_numpy(chunk.embedding[:, 0, 0])
+                values = {"latents": chunk.latents, "rates": y.mean}
+                if predictive:
+                    values["observations"] = y.sample()
+                places = np.searchsorted(chosen, chunk.trials)
+                kept.put(
+                    chunk.draws, places, {key: to_numpy(value[:, 0]) for key, value in values.items()}, None
+                )
         embeddings[name] = embedding
         groups, window = _groups(kept, keep, "predictions", names, of), slice(context, context + horizon)
         children[name] = trees.recording_groups(recording, groups, recs.truth.get(name), chosen, window)

@@ -68,6 +68,10 @@ def fit(
     roll-outs of the dynamics in tied frames), then the full model is trained by SVI: Adam, one cycle of the learning
     rate, gradient clipping, sub-sampled trials. The arguments are left as they were: the result holds trained copies.
 
+    Fits in several threads of a process take turns, each with the result that it has alone (as long as nothing else
+    draws from PyTorch's default generator meanwhile: make the models before the threads start); in several processes
+    they run at once.
+
     Args:
         model: a :class:`~pyro_metassm.models.MetaSSM` or an edit of it.
         guide: its guide.
@@ -131,7 +135,7 @@ def fit(
     model, guide = copy.deepcopy((model, guide))
     model.to(chosen).train(), guide.to(chosen).train()
     guide.read_in.start(recs, model.observation.kinds)
-    threads = machine.threads(num_threads or torch.get_num_threads())
+    threads = machine.threads(num_threads)
     with threads, machine.memory_kept(), machine.random_forked(chosen):
         torch.manual_seed(seed)
         trainer = Trainer(model, guide, recs, options, chosen)
@@ -222,7 +226,7 @@ class Trainer:
         """Run model and guide once, with Pyro's checks on, before anything is trained."""
         names = self.recs.names
         batch = self.batch(trials={name: [0] for name in names})
-        with torch.random.fork_rng(), torch.no_grad(), pyro.validation_enabled(True):
+        with machine.random_forked(self.device), torch.no_grad(), pyro.validation_enabled(True):
             if found := sites.compare(self.model, self.guide, batch):
                 raise ValueError("\n".join(found))
             self.elbo.terms(self.model, self.guide, batch)
@@ -315,7 +319,7 @@ class Trainer:
         """The ELBO of other trials, without roll-outs (so that per number it may lie above the training's)."""
         self.validated = _observed_numbers(validation)
         self.guide.eval()
-        with torch.random.fork_rng(), torch.no_grad(), pyro.validation_enabled(False):
+        with machine.random_forked(self.device), torch.no_grad(), pyro.validation_enabled(False):
             value = -self.elbo.loss(self.model, self.guide, self.batch(validation))
         self.guide.train()
         self.history.record(self.step, validation_elbo=value)
