@@ -27,6 +27,7 @@ from pyro_metassm.draws import (
     observations_of,
     of_draws,
     posterior_chunks,
+    refuse_not_finite,
     seeded,
     to_numpy,
 )
@@ -85,6 +86,7 @@ def posterior(
     Raises:
         ValueError: a recording that the fit does not know, ``num_samples < 1``; more than ``max_gib``, before anything
             is allocated, with what to ask for instead.
+        FloatingPointError: draws that are not finite, with recording, trial and bin.
 
     Example:
         >>> import pyro_metassm as pm
@@ -113,6 +115,7 @@ def posterior(
             y, where = observation(fit.model, chunk.latents, chunk.batch), (chunk.draws, chunk.trials)
             embedding[chunk.draws] = to_numpy(chunk.embedding[:, 0, 0])
             values = {"latents": chunk.latents, "rates": y.mean}
+            refuse_not_finite("rates", values["rates"], name, chunk.trials)
             if predictive:
                 values["observations"] = y.sample()
             exists = chunk.batch.time_mask[0].cpu().numpy()
@@ -172,6 +175,7 @@ def forecast(
     Raises:
         ValueError: an unknown recording, ``context`` or ``horizon`` below 1, no trial as long as ``context``;
             more than ``max_gib``.
+        FloatingPointError: draws that are not finite, with recording, trial and bin.
 
     Example:
         >>> import pyro_metassm as pm
@@ -215,6 +219,7 @@ def forecast(
                 y = observation(fit.model, chunk.latents, chunk.batch)
                 embedding[chunk.draws] = to_numpy(chunk.embedding[:, 0, 0])
                 values = {"latents": chunk.latents, "rates": y.mean}
+                refuse_not_finite("rates", values["rates"], name, chunk.trials, context)
                 if predictive:
                     values["observations"] = y.sample()
                 places = np.searchsorted(chosen, chunk.trials)
@@ -238,7 +243,7 @@ def prior_predictive(
         model: a model (or ``fit.model``: then of the trained parameters with embeddings from their prior).
         recs: recordings of the model, for the numbers of trials, bins and neurons.
         num_samples: draws.
-        max_gib: what may be kept, in GiB.
+        max_gib: what may be kept, and what one draw of all trials may take while it is made, in GiB.
         seed: of the draws.
 
     Returns:
@@ -263,6 +268,14 @@ def prior_predictive(
         for name, r in recs.items()
     }
     keeping.refuse_too_much(stores.values(), max_gib, keep_helps=False)
+    for name, r in recs.items():  # a draw is of all trials at once
+        work = 4 * r.num_trials * r.num_bins * (r.num_neurons + drawing.NETWORK_WIDTH) / 2**30
+        if work > max_gib:
+            raise ValueError(
+                f"recording {name!r}: needed at most max_gib={max_gib:g} GiB for the work on a draw, got {work:.3g} "
+                f"GiB ({r.num_trials} trials of {r.num_bins} bins); ask for fewer trials (recs.take_trials(n)), or a "
+                "larger max_gib"
+            )
     of, embeddings, children = _dims(model, recs), {}, {}
     exploded = dict.fromkeys(recs, 0)
     parameter = next(model.parameters())

@@ -212,7 +212,8 @@ class NetCDF(Target):
                 chunks = tuple(min(size, 16) or 1 for size in shape)
                 new = file.create_dataset(
                     name, shape, dtype=rng.choice(("u1", "f8", "S1", "S1000", h5py.string_dtype())), chunks=chunks,
-                    fillvalue=None, compression=rng.choice((None, "gzip")), maxshape=rng.choice((None, (None,) * len(shape))),
+                    fillvalue=None, compression=rng.choice((None, "gzip")),
+                    maxshape=rng.choice((None, (None,) * len(shape))),
                 )  # fmt: skip
                 _scale(rng, file, new)
             case 7:
@@ -399,11 +400,13 @@ class Checkpoints(Target):
                     case 0:
                         del tensors[key]
                     case 1:
-                        tensors[key] = torch.from_numpy(np.zeros(rng.choice(((), (1,), (3, 2), (0,), (5056,))), rng.choice(("f4", "f8", "u1", "i8"))))  # fmt: skip
+                        shape = rng.choice(((), (1,), (3, 2), (0,), (5056,)))
+                        tensors[key] = torch.from_numpy(np.zeros(shape, rng.choice(("f4", "f8", "u1", "i8"))))
                     case 2:
                         tensors[key] = torch.full_like(tensors[key], rng.choice((0, 1, 127)))
                     case 3:
-                        tensors[rng.choice(("optimizer.x.y", "optimizer.99.step", "history.elbo", "model.x", "rng"))] = tensors[key]  # fmt: skip
+                        others = ("optimizer.x.y", "optimizer.99.step", "history.elbo", "model.x", "rng")
+                        tensors[rng.choice(others)] = tensors[key]
                 if not tensors:
                     break
             text = json.dumps(header)

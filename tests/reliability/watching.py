@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import resource
+import shutil
 import signal
 import sys
 import time
@@ -76,14 +77,15 @@ def _on_alarm(signum: int, frame: Any) -> None:
     raise Hang
 
 
-def case(target: Target, report: Report, words: str, *, writes: bool = False) -> None:
+def case(target: Target, report: Report, words: str, *, may: tuple[str, ...] = ()) -> None:
     """Read what the target has written, and say what came of it.
 
     Args:
         target: whose files are there.
         report: to add to.
         words: to find the case again.
-        writes: whether the reader may write into its own folder (a checkpoint is followed by the next).
+        may: what it may do none the less, as the beginning of what the interpreter calls it: a checkpoint is
+            followed by the next, for one.
     """
     global _seen, _folder, _hooked
     if not _hooked:
@@ -172,3 +174,8 @@ def folder_of(name: str) -> Path:
     """Where the files of a target lie: in memory if the system has such a place."""
     base = Path("/dev/shm") if os.access("/dev/shm", os.W_OK) else Path(os.environ.get("TMPDIR", "/tmp"))
     return base / f"metassm-fuzz-{os.getpid()}" / name
+
+
+def clear(folder: Path) -> None:
+    """Remove what `folder_of` stands for."""
+    shutil.rmtree(folder.parent, ignore_errors=True)
