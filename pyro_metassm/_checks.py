@@ -5,7 +5,6 @@ Every failed check is a `ValueError` made by `fail`, in one style: what was need
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -32,6 +31,7 @@ GROUP_NAMES = frozenset(
         "unconstrained_posterior",
     }
 )
+LARGEST_TEXT = 2**28  # bytes of an array of text: each takes the room of the longest
 LONGEST_BIN = 5.0  # seconds; nobody bins a recording that coarsely, but many write 20 and mean milliseconds
 
 
@@ -62,9 +62,12 @@ def name_of(value: Any) -> str:
     """A recording's name, checked: a non-empty str that can be a node of a result tree."""
     if not isinstance(value, str) or not value.strip():
         raise fail(value, "a name", repr(value), "pass a non-empty str")
-    if "/" in value or value in (".", ".."):
+    if "/" in value or "\\" in value or value in (".", "..") or not value.isprintable():
         raise fail(
-            value, 'a name without "/"', repr(value), "names become nodes of the result tree, rename it"
+            value,
+            'a name without "/", backslashes and control characters',
+            repr(value),
+            "names become nodes of the result tree and folders, rename it",
         )
     if value in GROUP_NAMES:
         raise fail(value, "a name that is no group of ArviZ", repr(value), "rename the recording")
@@ -250,12 +253,22 @@ def labels_of(name: str, what: str, value: Any, size: int) -> np.ndarray:
     if array.dtype.kind in "OSUT":
         if not all(isinstance(item, (str, bytes)) for item in array.tolist()):
             raise fail(name, f"{what} of numbers or str", "mixed or other objects", "convert to str")
-        array = np.array(
-            [item.decode() if isinstance(item, bytes) else item for item in array.tolist()], dtype=str
+        array = texts(
+            name, what, [item.decode() if isinstance(item, bytes) else item for item in array.tolist()]
         )
     elif array.dtype.kind not in "biuf":
         raise fail(name, f"{what} of numbers or str", f"dtype {array.dtype}", "convert to str")
     return array.copy()
+
+
+def texts(name: str, what: str, items: list[str]) -> np.ndarray:
+    """An array of text, in which every item takes the room of the longest."""
+    longest = max(map(len, items), default=0)
+    if 4 * longest * len(items) > LARGEST_TEXT:
+        raise fail(
+            name, f"{what} of short texts", f"{len(items)} of up to {longest} characters", "shorten them"
+        )
+    return np.array(items, dtype=str)
 
 
 def held_out_of(name: str, value: Any, num_neurons: int) -> np.ndarray:
@@ -279,74 +292,6 @@ def held_out_of(name: str, value: Any, num_neurons: int) -> np.ndarray:
     if held_out.all():
         raise fail(name, "a neuron that the guide may see", "all of them held out", "hold out fewer")
     return held_out
-
-
-def plain(name: str, value: Any) -> Any:
-    """An entry of `attrs`: str, number, bool, None, list, dict with str keys, or array of these."""
-    if isinstance(value, (xr.DataArray, torch.Tensor)):
-        value = as_numpy(value)
-    if isinstance(value, np.generic) or (isinstance(value, np.ndarray) and value.ndim == 0):
-        value = value.item()
-    if value is None or isinstance(value, (str, bool, int, float)):
-        return value
-    if isinstance(value, dict) and all(isinstance(key, str) for key in value):
-        return {key: plain(name, item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [plain(name, item) for item in value]
-    if isinstance(value, np.ndarray) and value.dtype.kind in "biufU":
-        return (
-            np.array(value.tolist(), dtype=str).reshape(value.shape)
-            if value.dtype.kind == "U"
-            else value.copy()
-        )
-    raise fail(
-        name,
-        "attrs of str, numbers, lists, dicts and arrays",
-        f"a {type(value).__name__}",
-        "convert it to str",
-    )
-
-
-def attrs_of(name: str, value: Any, num_trials: int) -> dict[str, Any]:
-    """All attrs; the entries of `trials` as arrays with a row a trial."""
-    attrs = plain(name, dict(value or {}))
-    if "trials" in attrs:
-        if not isinstance(attrs["trials"], dict):
-            raise fail(
-                name, 'attrs["trials"] as a dict of arrays', f"{type(attrs['trials'])}", "rename the entry"
-            )
-        attrs["trials"] = {key: np.asarray(rows) for key, rows in attrs["trials"].items()}
-        for key, rows in attrs["trials"].items():
-            if rows.shape[:1] != (num_trials,):
-                raise fail(
-                    name,
-                    f'attrs["trials"][{key!r}] of {num_trials} rows',
-                    f"shape {rows.shape}",
-                    "use one a trial",
-                )
-    return attrs
-
-
-def to_json(attrs: dict[str, Any]) -> str:
-    """Attrs as text, arrays and their dtypes included."""
-
-    def encode(array: np.ndarray) -> dict[str, Any]:
-        return {"__array__": array.dtype.str, "shape": array.shape, "data": array.ravel().tolist()}
-
-    return json.dumps(attrs, default=encode)
-
-
-def from_json(text: str) -> dict[str, Any]:
-    """The inverse of `to_json`."""
-
-    def decode(entry: dict[str, Any]) -> Any:
-        if "__array__" not in entry:
-            return entry
-        # A text's width is not taken from a file: "<U1000000000" would allocate before anything is checked.
-        kind = str(entry["__array__"])
-        return np.array(entry["data"], dtype=str if "U" in kind else np.dtype(kind)).reshape(entry["shape"])
-
-    return json.loads(text, object_hook=decode)
 
 
 def lengths_of(name: str, value: Any, num_trials: int, num_bins: int) -> np.ndarray:

@@ -1,11 +1,13 @@
-"""How a fit uses the machine: its threads and its memory, for as long as it runs."""
+"""How a fit uses the machine: its threads, its memory and the random state, for as long as it runs."""
 
 from __future__ import annotations
 
 import ctypes
+import os
 import platform
+import threading
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager, nullcontext
 
 import torch
 
@@ -16,22 +18,47 @@ LARGEST = 2**31 - 1
 LIMIT = 2**25  # what glibc raises its own threshold to, at most, as a process uses larger and larger blocks
 
 
+_lock = threading.RLock()
+
+
 @contextmanager
-def threads(number: int) -> Iterator[None]:
-    """``number`` threads for a fit on a CPU.
+def alone() -> Iterator[None]:
+    """No other thread is in such a block meanwhile; also a decorator, ``@alone()``.
+
+    Pyro's stack of handlers, PyTorch's default generator and number of threads belong to the process: two programs that
+    ran at once in two threads would draw each other's numbers and see each other's handlers. So they take turns; to run
+    at once is for processes. A generator must not hold it while it waits: it may be left waiting for good.
+    """
+    with _lock:
+        yield
+
+
+def _unlock() -> None:
+    global _lock
+    _lock = threading.RLock()
+
+
+if hasattr(os, "register_at_fork"):  # the thread that held it does not live on in a forked process
+    os.register_at_fork(after_in_child=_unlock)
+
+
+@contextmanager
+def threads(number: int | None) -> Iterator[None]:
+    """``number`` threads for a fit on a CPU, while no other thread fits; None is PyTorch's present number.
 
     What is compiled or works in blocks shares its work among them. PyTorch's own operations use one: its threads would
     spin while they wait for the next operation, on the very cores that the others work on, and a core that is busy
     with something else would hold up every one of them.
     """
-    before = torch.get_num_threads(), native.threads
-    torch.set_num_threads(1)
-    native.threads = number
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before[0])
-        native.threads = before[1]
+    with alone():
+        before = torch.get_num_threads(), native.threads
+        torch.set_num_threads(1)
+        native.threads = number or before[0]
+        try:
+            yield
+        finally:
+            torch.set_num_threads(before[0])
+            native.threads = before[1]
 
 
 @contextmanager
@@ -55,9 +82,17 @@ def memory_kept() -> Iterator[None]:
         library.malloc_trim(0)
 
 
-def random_forked(device: torch.device) -> AbstractContextManager[None]:
-    """The random states of the CPU and of this device, put back at the end."""
-    return torch.random.fork_rng([device] if device.type == "cuda" else [])
+@contextmanager
+def random_forked(device: torch.device | None = None, *, alone: bool = True) -> Iterator[None]:
+    """The random states of the CPU and of this device, put back at the end; no other thread draws meanwhile.
+
+    Args:
+        device: besides the CPU.
+        alone: False in a generator, whose caller is to see that no other thread draws (:func:`alone`).
+    """
+    others = [device] if device is not None and device.type == "cuda" else []
+    with _lock if alone else nullcontext(), torch.random.fork_rng(others):
+        yield
 
 
 def _glibc() -> ctypes.CDLL | None:

@@ -12,6 +12,7 @@ import torch
 import xarray as xr
 from torch import Tensor
 
+from pyro_metassm import _attributes as attributes
 from pyro_metassm import _checks as checks
 
 
@@ -155,7 +156,7 @@ class Recording:
             else checks.labels_of(name, "condition", condition, num_trials),
             neuron_ids=None if neuron_ids is None else checks.neuron_ids_of(name, neuron_ids, num_neurons),
             held_out_neurons=checks.held_out_of(name, held_out_neurons, num_neurons),
-            attrs=checks.attrs_of(name, attrs, num_trials),
+            attrs=attributes.attrs_of(name, attrs, num_trials),
         )
 
     def _set(self, **fields: Any) -> None:
@@ -317,7 +318,7 @@ class Recording:
             "mask": (dims, self.mask),
             "lengths": (dims[:1], self.lengths),
             "held_out_neurons": (dims[2:], self.held_out_neurons),
-            "attributes": ((), checks.to_json(self.attrs)),
+            "attributes": ((), attributes.to_json(self.attrs)),
         }
         coords: dict[str, Any] = {"time": ("time", np.arange(self.num_bins) * self.bin_width, {"units": "s"})}
         for key, last in (("inputs", "input_dim"), ("behavior", "behavior_dim")):
@@ -360,7 +361,7 @@ class Recording:
         }
         if "neuron" in ds.coords:
             given["neuron_ids"] = ds["neuron"]
-        attrs = checks.from_json(str(ds["attributes"].item())) if "attributes" in ds else {}
+        attrs = attributes.from_json(str(ds["attributes"].item())) if "attributes" in ds else {}
         return cls(
             ds.attrs["name"], ds["observations"], bin_width=ds.attrs["bin_width"], attrs=attrs, **given
         )

@@ -107,7 +107,7 @@ def adapt(
     began = time.perf_counter()
     model, guide = for_recordings(fit.model, fit.guide, NeuronTable.of(new))
     with (
-        machine.threads(num_threads or torch.get_num_threads()),
+        machine.threads(num_threads),
         machine.memory_kept(),
         machine.random_forked(fit.device),
         tqdm(total=search_steps + num_steps, disable=not progress, desc="adapt", dynamic_ncols=True) as bar,

@@ -16,6 +16,7 @@ from safetensors.torch import save as to_bytes
 from pyro_metassm import specification as specifications
 from pyro_metassm import writing
 from pyro_metassm.history import History
+from pyro_metassm.resuming import check_state
 
 if TYPE_CHECKING:
     from pyro_metassm.result import Fit
@@ -80,6 +81,7 @@ class Run:
                 continue
             self._check(path, header)
             try:
+                check_state(header, tensors, trainer)
                 _restore(trainer, header, tensors)
             except Exception as error:  # of torch and NumPy: a file may say anything
                 raise ValueError(f"checkpoint {path}: needed the state of a fit, got {error!r}") from error

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from pyro_metassm import _checks as checks
+from pyro_metassm import _machine as machine
 from pyro_metassm._scores import spike_information
 from pyro_metassm.draws import (
     forecast_chunks,
@@ -148,6 +149,7 @@ def _window(test: Recordings, context: int | None, horizon: int | None) -> tuple
     return context, horizon
 
 
+@machine.alone()
 def posterior_scores(
     fit: Fit, test: Recordings, name: str, num_samples: int, seed: int, spiking: np.ndarray | None = None
 ) -> dict[str, np.ndarray]:
@@ -232,16 +234,17 @@ def forecast_scores(
     distance, spread, mean = (np.zeros(seen.shape) for _ in range(3))
     position = {trial: row for row, trial in enumerate(rows)}
     pairs = {}
-    for chunk in forecast_chunks(fit, test, name, rows, context, horizon, num_samples, seed):
-        places = [position[int(trial)] for trial in chunk.trials]
-        y = observation(fit.model, chunk.latents, chunk.batch)
-        log_density[places] = np.logaddexp(log_density[places], _log_sum(y, truth[places], there[places]))
-        drawn = y.sample()[:, 0]
-        half = len(drawn) // 2
-        distance[places] += to_numpy((drawn - truth[places]).abs().sum(0))
-        spread[places] += to_numpy((drawn[:half] - drawn[half : 2 * half]).abs().sum(0))
-        mean[places] += to_numpy(y.mean[:, 0].sum(0))
-        pairs[chunk.draws.start] = half
+    with machine.alone():
+        for chunk in forecast_chunks(fit, test, name, rows, context, horizon, num_samples, seed):
+            places = [position[int(trial)] for trial in chunk.trials]
+            y = observation(fit.model, chunk.latents, chunk.batch)
+            log_density[places] = np.logaddexp(log_density[places], _log_sum(y, truth[places], there[places]))
+            drawn = y.sample()[:, 0]
+            half = len(drawn) // 2
+            distance[places] += to_numpy((drawn - truth[places]).abs().sum(0))
+            spread[places] += to_numpy((drawn[:half] - drawn[half : 2 * half]).abs().sum(0))
+            mean[places] += to_numpy(y.mean[:, 0].sum(0))
+            pairs[chunk.draws.start] = half
     scores = {
         "forecast_log_score": log_density - math.log(num_samples),
         # E |x - y| - E |x - x'| / 2 (Gneiting and Raftery, 2007), with independent draws x, x'.

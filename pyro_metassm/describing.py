@@ -7,6 +7,7 @@ from collections import defaultdict
 import pyro
 import torch
 
+from pyro_metassm import _machine as machine
 from pyro_metassm import dims
 from pyro_metassm.distributions import MarkovPath
 from pyro_metassm.rebuilding import tables_of
@@ -26,6 +27,7 @@ def describe(model) -> str:
     return "\n".join([title, "", *_columns(_sites(model)), "", *_columns(_parameters(model))])
 
 
+@machine.alone()
 def _sites(model) -> list[tuple[str, ...]]:
     rows: list[tuple[str, ...]] = [("site", "distribution", "in plates", "event")]
     for name, site in dims.alone(model).nodes.items():

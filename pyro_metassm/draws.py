@@ -53,7 +53,8 @@ def posterior_chunks(
 
     All draws of some trials come one after the other, then those of the next trials; ``horizon`` more bins are allowed
     for in the size of a chunk. Draws depend on the seed, on the recording and on how it is cut into chunks, on no other
-    recording; the random state is restored when the iterator ends.
+    recording; the random state is restored when the iterator ends. It is to be iterated alone
+    (:func:`pyro_metassm._machine.alone`).
     """
     recording = recs[name]
     rows = list(range(recording.num_trials)) if rows is None else rows
@@ -66,7 +67,7 @@ def posterior_chunks(
     # One embedding a draw for all trials: the first trials draw it, the others are given it.
     embeddings: dict[int, Tensor] = {}
     shared = global_draws(fit, num_samples, seed)
-    with machine.random_forked(fit.device), torch.no_grad():
+    with machine.random_forked(fit.device, alone=False), torch.no_grad():
         for start in range(0, len(rows), trials_at_once):
             trials = np.array(rows[start : start + trials_at_once])
             batch = recs.batch(
@@ -79,10 +80,12 @@ def posterior_chunks(
                 known = {"embedding": embeddings[first]} if first in embeddings else {}
                 own = of_draws(shared, draws)
                 torch.manual_seed(_seed(seed, name, start, first))
-                with pyro.plate("draw", draws.stop - draws.start, dim=-3):
+                # What is not finite is told below, in words.
+                with pyro.validation_enabled(False), pyro.plate("draw", draws.stop - draws.start, dim=-3):
                     program = poutine.condition(fit.guide, data=own | known)
                     sites = poutine.trace(program).get_trace(batch).nodes
                 embeddings[first], latents = sites["embedding"]["value"], sites["latents"]
+                refuse_not_finite("latents", latents["value"], name, trials)
                 with fit.model.given(own):
                     yield Chunk(draws, trials, batch, embeddings[first], latents["value"], latents["fn"])
 
@@ -111,10 +114,31 @@ def forecast_chunks(
     for chunk in posterior_chunks(fit, recs, name, num_samples, seed, chunk_size, rows, context, horizon):
         prior = fit.model.path_prior(chunk.embedding, _ahead(chunk, recs[name], context, horizon))
         z, path = chunk.latents[..., -1:, :], []
-        for step in range(horizon):
-            z = prior.into(slice(step, step + 1), z).sample()
-            path.append(z)
-        yield dataclasses.replace(chunk, latents=torch.cat(path, -2))
+        with pyro.validation_enabled(False):
+            for step in range(horizon):
+                z = prior.into(slice(step, step + 1), z).sample()
+                path.append(z)
+        latents = torch.cat(path, -2)
+        refuse_not_finite("latents", latents, name, chunk.trials, context)
+        yield dataclasses.replace(chunk, latents=latents)
+
+
+def refuse_not_finite(what: str, values: Tensor, name: str, trials: np.ndarray, first_bin: int = 0) -> None:
+    """Refuse draws ``(S, 1, K, T, ...)`` that have left the finite numbers, where they do so first.
+
+    Raises:
+        FloatingPointError: recording, trial and bin.
+    """
+    if bool(values.isfinite().all()):
+        return
+    bad = ~values[:, 0].isfinite().all(-1)  # (S, K, T)
+    trial, time = bad.any(0).nonzero()[bad.any(0).nonzero()[:, 1].argmin()].tolist()
+    many = int(bad.any(-1).any(-1).sum())
+    raise FloatingPointError(
+        f"recording {name!r}: needed finite {what}, got others in {many} of {len(bad)} draws, first in trial "
+        f"{trials[trial]}, bin {first_bin + time}; look at fit.history: the training may have gone astray, and "
+        "dynamics may explode away from the data (a smaller learning_rate, a shorter horizon)"
+    )
 
 
 def _ahead(chunk: Chunk, recording: Recording, context: int, horizon: int) -> Batch:
@@ -164,8 +188,9 @@ def forecast_trials(recs: Recordings, name: str, context: int) -> list[int]:
 
 
 def observation(model: MetaSSM, latents: Tensor, batch: Batch):
-    """The distribution of every observation given latents ``(S, R, K, T, latent_dim)``."""
-    return model.likelihood(model.read_out(latents, batch.recording, batch.width), batch.recording)
+    """The distribution of every observation given latents ``(S, R, K, T, latent_dim)``, finite or not."""
+    with pyro.validation_enabled(False):
+        return model.likelihood(model.read_out(latents, batch.recording, batch.width), batch.recording)
 
 
 def observations_of(model: MetaSSM, latents: Tensor, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:

@@ -28,6 +28,8 @@ from torch.distributions import (
     constraints,
 )
 
+from pyro_metassm import _machine as machine
+
 START_DRAWS = 15  # of the prior, whose median a posterior starts at
 START_SCALE = 0.1
 
@@ -162,7 +164,7 @@ class GlobalPosterior(nn.Module):
         super().__init__()
         self.loc, self.log_scale = nn.ParameterDict(), nn.ParameterDict()
         self.transforms: dict[str, tuple[str, Transform, int]] = {}
-        with torch.random.fork_rng(devices=[]), torch.no_grad():
+        with machine.random_forked(), torch.no_grad():
             trace = poutine.trace(model.global_sites).get_trace()
             starts = prior_draws(model, START_DRAWS) if declared(model) else {}
         for name, site in trace.nodes.items():

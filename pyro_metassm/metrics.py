@@ -17,6 +17,7 @@ import numpy as np
 import xarray as xr
 
 from pyro_metassm import _checks as checks
+from pyro_metassm import _machine as machine
 from pyro_metassm._scores import bits_per_spike, explained, psth_r2, r2, velocity_r2
 from pyro_metassm.draws import Chunk, forecast_chunks, forecast_trials, observation, posterior_chunks
 from pyro_metassm.observations import counted
@@ -291,6 +292,7 @@ def _mean_forecasts(fit, recs, name, trials, context, horizon, num_samples, seed
     return _mean_over_draws(fit, chunks, (len(trials), horizon, recs[name].num_neurons), trials, num_samples)
 
 
+@machine.alone()
 def _mean_over_draws(
     fit: Fit, chunks: Iterable[Chunk], shape: tuple[int, ...], trials: Iterable[int], num_samples: int
 ) -> np.ndarray:

@@ -13,6 +13,7 @@ import xarray as xr
 from pyro import poutine
 
 from pyro_metassm import _checks as checks
+from pyro_metassm import _machine as machine
 from pyro_metassm import draws as drawing
 from pyro_metassm import keeping, trees
 from pyro_metassm.dims import dims
@@ -26,6 +27,7 @@ from pyro_metassm.draws import (
     observations_of,
     of_draws,
     posterior_chunks,
+    refuse_not_finite,
     seeded,
     to_numpy,
 )
@@ -38,6 +40,7 @@ from pyro_metassm.result import Fit
 MAX_GIB = 4.0  # of what is kept of draws, unless more is asked for
 
 
+@machine.alone()
 def posterior(
     fit: Fit,
     recs: Recordings,
@@ -83,6 +86,7 @@ def posterior(
     Raises:
         ValueError: a recording that the fit does not know, ``num_samples < 1``; more than ``max_gib``, before anything
             is allocated, with what to ask for instead.
+        FloatingPointError: draws that are not finite, with recording, trial and bin.
 
     Example:
         >>> import pyro_metassm as pm
@@ -111,6 +115,7 @@ def posterior(
             y, where = observation(fit.model, chunk.latents, chunk.batch), (chunk.draws, chunk.trials)
             embedding[chunk.draws] = to_numpy(chunk.embedding[:, 0, 0])
             values = {"latents": chunk.latents, "rates": y.mean}
+            refuse_not_finite("rates", values["rates"], name, chunk.trials)
             if predictive:
                 values["observations"] = y.sample()
             exists = chunk.batch.time_mask[0].cpu().numpy()
@@ -170,6 +175,7 @@ def forecast(
     Raises:
         ValueError: an unknown recording, ``context`` or ``horizon`` below 1, no trial as long as ``context``;
             more than ``max_gib``.
+        FloatingPointError: draws that are not finite, with recording, trial and bin.
 
     Example:
         >>> import pyro_metassm as pm
@@ -206,16 +212,20 @@ def forecast(
     for name, recording in recs.items():
         kept, chosen = stores.pop(name), rows[name]
         embedding = np.empty((num_samples, fit.model.embedding_dim), np.float32)
-        for chunk in forecast_chunks(
-            fit, recs, name, chosen, context, horizon, num_samples, seed, chunk_size
-        ):
-            y = observation(fit.model, chunk.latents, chunk.batch)
-            embedding[chunk.draws] = to_numpy(chunk.embedding[:, 0, 0])
-            values = {"latents": chunk.latents, "rates": y.mean}
-            if predictive:
-                values["observations"] = y.sample()
-            places = np.searchsorted(chosen, chunk.trials)
-            kept.put(chunk.draws, places, {key: to_numpy(value[:, 0]) for key, value in values.items()}, None)
+        with machine.alone():  # not the whole function, whose warnings are to point at the caller
+            for chunk in forecast_chunks(
+                fit, recs, name, chosen, context, horizon, num_samples, seed, chunk_size
+            ):
+                y = observation(fit.model, chunk.latents, chunk.batch)
+                embedding[chunk.draws] = to_numpy(chunk.embedding[:, 0, 0])
+                values = {"latents": chunk.latents, "rates": y.mean}
+                refuse_not_finite("rates", values["rates"], name, chunk.trials, context)
+                if predictive:
+                    values["observations"] = y.sample()
+                places = np.searchsorted(chosen, chunk.trials)
+                kept.put(
+                    chunk.draws, places, {key: to_numpy(value[:, 0]) for key, value in values.items()}, None
+                )
         embeddings[name] = embedding
         groups, window = _groups(kept, keep, "predictions", names, of), slice(context, context + horizon)
         children[name] = trees.recording_groups(recording, groups, recs.truth.get(name), chosen, window)
@@ -233,7 +243,7 @@ def prior_predictive(
         model: a model (or ``fit.model``: then of the trained parameters with embeddings from their prior).
         recs: recordings of the model, for the numbers of trials, bins and neurons.
         num_samples: draws.
-        max_gib: what may be kept, in GiB.
+        max_gib: what may be kept, and what one draw of all trials may take while it is made, in GiB.
         seed: of the draws.
 
     Returns:
@@ -258,6 +268,14 @@ def prior_predictive(
         for name, r in recs.items()
     }
     keeping.refuse_too_much(stores.values(), max_gib, keep_helps=False)
+    for name, r in recs.items():  # a draw is of all trials at once
+        work = 4 * r.num_trials * r.num_bins * (r.num_neurons + drawing.NETWORK_WIDTH) / 2**30
+        if work > max_gib:
+            raise ValueError(
+                f"recording {name!r}: needed at most max_gib={max_gib:g} GiB for the work on a draw, got {work:.3g} "
+                f"GiB ({r.num_trials} trials of {r.num_bins} bins); ask for fewer trials (recs.take_trials(n)), or a "
+                "larger max_gib"
+            )
     of, embeddings, children = _dims(model, recs), {}, {}
     exploded = dict.fromkeys(recs, 0)
     parameter = next(model.parameters())

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from pyro_metassm import _machine as machine
 from pyro_metassm.neurons import NeuronTable
 
 
@@ -54,7 +55,7 @@ def check_config(what: str, module: Any) -> None:
 
 def build(specifications: list[tuple[type, dict]], neurons: NeuronTable) -> tuple[Any, Any]:
     """Model and guide anew from their classes and configurations; the random state is left as it was."""
-    with torch.random.fork_rng(devices=[]):
+    with machine.random_forked():
         model = construct(*specifications[0], neurons)
         return model, construct(*specifications[1], model)
 
@@ -75,7 +76,7 @@ def afresh(model, guide, recs, seed: int) -> tuple[Any, Any]:
     """
     (model_class, config), (guide_class, of_guide) = _specifications(model, guide)
     known = all(name in recs for name in model.names)
-    with torch.random.fork_rng(devices=[]):
+    with machine.random_forked():
         torch.manual_seed(seed)
         fresh = construct(model_class, config, recs.select(model.names) if known else model.neurons)
         made = fresh, construct(guide_class, of_guide, fresh)
@@ -153,7 +154,7 @@ def tables(model, guide) -> list[dict[str, str]]:
 def tables_of(model) -> dict[str, str]:
     """As :func:`tables`, of the model alone."""
     probe = _probe(model)
-    with torch.random.fork_rng(devices=[]):
+    with machine.random_forked():
         other = construct(type(model), model.config, probe)
     return _tables(model, other, model.neurons, probe)
 

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 import xarray as xr
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save as to_bytes
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -33,7 +33,10 @@ from pyro_metassm.result import Fit
 
 FORMAT = 1
 TENSORS, HEADER = "fit.safetensors", "fit.json"
-LARGEST_HEADER = 64 * 2**20  # bytes
+LARGEST_HEADER = 16 * 2**20  # bytes; as Python objects some twenty times as much
+MOST_CALLS = (
+    10_000  # tensors that constructors may make beyond some for each one in the file and each recording
+)
 SPARE = (
     2**24
 )  # numbers that constructors may make beyond those in the file: temporaries, tables that are not saved
@@ -41,6 +44,7 @@ DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
     "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
 }  # fmt: skip
+PRECISIONS = {"float32": torch.float32, "float64": torch.float64}
 PLAIN = "None, booleans, numbers, text, classes, and lists, tuples and dicts of these"
 
 
@@ -148,8 +152,9 @@ def load(
     chosen = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
     try:
         return _load(folder, _custom(custom), chosen)
-    except (ValueError, TypeError, OSError, RecursionError, SafetensorError) as error:
-        raise ValueError(f"{folder}: no fit that can be loaded: {error}") from error
+    except Exception as error:  # a header may bring out any error in what it describes
+        said = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
+        raise ValueError(f"{folder}: no fit that can be loaded: {said}") from error
 
 
 def _load(folder: Path, custom: Mapping[str, type], device: torch.device) -> Fit:
@@ -170,14 +175,19 @@ def _load(folder: Path, custom: Mapping[str, type], device: torch.device) -> Fit
     for what in ("model", "guide"):
         entry = _get(header, what, dict)
         cls = _decode({key: entry.get(key) for key in ("class", "module")}, custom)
+        is_part = issubclass(cls, (likelihoods.Likelihood, encoders.EmbeddingEncoder))
+        if is_part or issubclass(cls, models.MetaSSM) != (what == "model"):
+            raise ValueError(f"{HEADER}: needed the class of a {what}, got {cls.__name__}: cannot be built")
         specifications.append((cls, _dict(entry, "config", custom)))
     with safe_open(folder / TENSORS, framework="pt", device=str(device)) as file:
         slices = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118 - not a dict
         claimed = {key: (tuple(s.get_shape()), DTYPES.get(s.get_dtype())) for key, s in slices.items()}
         budget = SPARE + 8 * sum(math.prod(shape) for shape, _ in claimed.values())
-        model, guide = _build(names, num_neurons, specifications, budget)
-        dtype = getattr(torch, _get(header, "dtype", str), None)
-        if dtype not in (torch.float32, torch.float64):
+        model, guide = _build(
+            names, num_neurons, specifications, budget, MOST_CALLS + 20 * len(claimed) + 50 * len(names)
+        )
+        dtype = PRECISIONS.get(_get(header, "dtype", str))
+        if dtype is None:
             raise ValueError(f"{HEADER}: needed dtype float32 or float64, got {header['dtype']!r}")
         of_modules = {k: v for k, v in claimed.items() if k.startswith(("model.", "guide."))}
         _match(of_modules, model, guide, dtype)
@@ -221,9 +231,11 @@ def _history(entry: dict, file: Any, custom: Mapping[str, type]) -> xr.Dataset:
 # ---- building --------------------------------------------------------------------------------------------
 
 
-def _build(names, num_neurons, specifications, budget: int | None = None) -> tuple[Any, Any]:
-    """As :func:`pyro_metassm.rebuilding.build`, within a budget of numbers."""
-    with _Budget(budget):
+def _build(
+    names, num_neurons, specifications, budget: float = math.inf, calls: float = math.inf
+) -> tuple[Any, Any]:
+    """As :func:`pyro_metassm.rebuilding.build`, within a budget of numbers and of tensors."""
+    with _Budget(budget, calls):
         return build(specifications, NeuronTable(names, num_neurons))
 
 
@@ -248,17 +260,20 @@ def _match(claimed: dict[str, tuple], model: nn.Module, guide: nn.Module, dtype:
 
 
 class _Budget(TorchDispatchMode):
-    """Stops constructors that would allocate more numbers than a file can hold."""
+    """Stops constructors that would make more numbers, or more tensors, than go with what a file holds."""
 
-    def __init__(self, budget: int | None):
+    def __init__(self, numbers: float, calls: float = math.inf):
         super().__init__()
-        self.left = math.inf if budget is None else budget
+        self.left, self.calls = numbers, calls
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         numbers, is_factory = _numbers(func, args)
         if numbers > self.left:
             raise ValueError(f"it claims sizes far beyond what the file holds ({numbers:.3g} numbers)")
         self.left -= numbers if is_factory else 0
+        self.calls -= is_factory
+        if self.calls < 0:
+            raise ValueError("it claims parts far beyond what the file holds")
         return func(*args, **(kwargs or {}))
 
 
@@ -346,8 +361,8 @@ def _class(name: str, module: str, custom: Mapping[str, type]) -> type:
         return known[name]
     if name not in custom:
         raise ValueError(
-            f"needed the class {name} (from {module}), which is not the library's, got "
-            f"{checks.some(list(custom)) or 'none'}; {_how_to_have(name, module)} and pass custom=[{name}]"
+            f"needed the class {_shown(name)} (from {_shown(module)}), which is not the library's, got "
+            f"{checks.some(list(custom)) or 'none'}; {_how_to_have(name, module)} and pass custom=[{_shown(name)}]"
         )
     return custom[name]
 
@@ -355,7 +370,12 @@ def _class(name: str, module: str, custom: Mapping[str, type]) -> type:
 def _how_to_have(name: str, module: str) -> str:
     if module == "__main__":
         return "define it as in the notebook or script that made the fit"
-    return f"`from {module} import {name}`"
+    return f"`from {_shown(module)} import {_shown(name)}`"
+
+
+def _shown(name: str) -> str:
+    """A name from a file, for a message: as it is if it can be a name, else as a literal."""
+    return name if name.replace(".", "").isidentifier() else repr(name[:100])
 
 
 def _custom(classes: Iterable[type]) -> dict[str, type]:

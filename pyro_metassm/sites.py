@@ -11,6 +11,7 @@ from pyro.distributions.torch_distribution import ExpandedDistribution, MaskedDi
 from pyro.poutine.util import prune_subsample_sites
 from torch.distributions import Distribution, Independent
 
+from pyro_metassm import _machine as machine
 from pyro_metassm.global_sites import GlobalPosterior, declared
 from pyro_metassm.hooks import wrong_hooks
 from pyro_metassm.recordings import Batch, Recordings
@@ -40,7 +41,7 @@ def check(model, guide, recs: Recordings) -> list[str]:
     """
     model, guide = copy.deepcopy((model, guide))
     like = next(model.parameters())
-    with torch.random.fork_rng(), torch.no_grad(), pyro.validation_enabled(True):
+    with machine.random_forked(like.device), torch.no_grad(), pyro.validation_enabled(True):
         try:
             batch = recs.batch(
                 model.names, trials={name: [0] for name in recs}, dtype=like.dtype, device=like.device

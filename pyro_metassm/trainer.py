@@ -107,7 +107,7 @@ class Trainer:
         """Run model and guide once, with Pyro's checks on, before anything is trained."""
         names = self.recs.names
         batch = self.batch(trials={name: [0] for name in names})
-        with torch.random.fork_rng(), torch.no_grad(), pyro.validation_enabled(True):
+        with machine.random_forked(self.device), torch.no_grad(), pyro.validation_enabled(True):
             if found := sites.compare(self.model, self.guide, batch):
                 raise ValueError("\n".join(found))
             self.elbo.terms(self.model, self.guide, batch)
@@ -246,7 +246,7 @@ class Trainer:
         """The ELBO of other trials, without roll-outs (so that per number it may lie above the training's)."""
         self.validated = _observed_numbers(validation)
         self.guide.eval()
-        with torch.random.fork_rng(), torch.no_grad(), pyro.validation_enabled(False):
+        with machine.random_forked(self.device), torch.no_grad(), pyro.validation_enabled(False):
             value = -self.elbo.loss(self.model, self.guide, self.batch(validation))
         self.guide.train()
         self.history.record(self.step, validation_elbo=value)

@@ -57,6 +57,9 @@ def fit(
     With ``checkpoint`` a fit that was ended, at whatever moment, is taken up by the same call, and has the history and
     the parameters of one that was not, to the bit, on the same machine. Every state is written beside the last two and
     then renamed; states of a fit of other options, data, model or guide are refused, not overwritten.
+    Fits in several threads of a process take turns, each with the result that it has alone (as long as nothing else
+    draws from PyTorch's default generator meanwhile: make the models before the threads start); in several processes
+    they run at once.
 
     Args:
         model: a :class:`~pyro_metassm.models.MetaSSM` or an edit of it.
@@ -123,8 +126,12 @@ def fit(
     model, guide = copy.deepcopy((model, guide))
     model.to(chosen).train(), guide.to(chosen).train()
     guide.read_in.start(recs, model.observation.kinds)
-    threads = machine.threads(num_threads or torch.get_num_threads())
-    with threads, machine.memory_kept(), machine.random_forked(chosen), interrupts.deferred() as stop:
+    with (
+        machine.threads(num_threads),
+        machine.memory_kept(),
+        machine.random_forked(chosen),
+        interrupts.deferred() as stop,
+    ):
         torch.manual_seed(seed)
         trainer = Trainer(model, guide, recs, options, chosen)
         trainer.check_program()

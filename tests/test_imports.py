@@ -11,7 +11,7 @@ ROOT = Path(__file__).resolve().parents[1]
 # with a leading underscore are private parts of the modules of their layer.
 LAYERS: tuple[set[str], ...] = (
     {
-        "_batch", "_checks", "_interrupts", "_machine", "_recording", "_summary",
+        "_attributes", "_batch", "_checks", "_interrupts", "_machine", "_recording", "_summary",
         "adaptations", "blocks", "capture", "describing", "dims", "distributions", "dynamics", "global_sites", "hooks",
         "io", "likelihoods", "native", "neurons", "observations", "products", "rebuilding", "recordings", "simulate",
         "sites", "specification", "transitions", "writing",
@@ -20,8 +20,8 @@ LAYERS: tuple[set[str], ...] = (
     {"guides"},
     {
         "adaptation", "checkpoints", "draws", "elbo", "few_shot", "for_arviz", "frames", "history", "joining",
-        "keeping", "optimizers", "posterior", "read_outs", "result", "rollouts", "saving", "trainer", "training",
-        "trees", "warm_start", "windows",
+        "keeping", "optimizers", "posterior", "read_outs", "result", "resuming", "rollouts", "saving", "trainer",
+        "training", "trees", "warm_start", "windows",
     },
     {
         "_calibration_plot", "_embedding_plot", "_flow_plots", "_scores", "analysis", "calibrating", "comparing",

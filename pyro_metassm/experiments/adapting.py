@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from pyro_metassm import _checks as checks
+from pyro_metassm import _machine as machine
 from pyro_metassm import io, metrics
 from pyro_metassm.adaptation import adapt
 from pyro_metassm.experiments import adapting_report, files, report
@@ -152,7 +153,7 @@ def numbers_of_trials(most: int) -> list[int]:
 def from_scratch(known: Fit, few: Recordings, *, num_steps: int, seed: int, progress: bool) -> Fit:
     """A model and a guide of the classes and sizes of a fit, with rank 0, from one recording's trials alone."""
     config = known.model.config
-    with torch.random.fork_rng(devices=[]):
+    with machine.random_forked():
         torch.manual_seed(seed)
         model = construct(type(known.model), config | ({"rank": 0} if "rank" in config else {}), few)
         guide = construct(type(known.guide), known.guide.config, model)

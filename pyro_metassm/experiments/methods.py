@@ -130,7 +130,7 @@ def train(
     method: Method, recs: Recordings, sizes: Sizes, steps: Steps, seed: int, num_threads: int | None = None
 ) -> Fit:
     """Fit a method to recordings; a fit that leaves the finite numbers is its last good state."""
-    with torch.random.fork_rng(devices=[]):
+    with machine.random_forked():
         torch.manual_seed(seed)
         model = method.model(
             recs,

@@ -62,7 +62,7 @@ class Settings:
             return
         try:
             theirs: Any = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"{path}: needed the settings of a study, got what is no JSON") from error
         if theirs != mine:
             there = theirs if isinstance(theirs, dict) else {}

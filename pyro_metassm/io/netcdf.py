@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import os
-from pathlib import Path
 
 import xarray as xr
 
+from pyro_metassm.io._files import LARGEST, reading
+from pyro_metassm.io._hdf5 import inspect
 from pyro_metassm.recordings import Recording
-
-LARGEST = 16 * 2**30  # bytes; a compressed file may claim any size, which is checked before it is allocated
 
 
 def write_netcdf(recording: Recording, path: str | os.PathLike[str]) -> None:
@@ -21,6 +20,7 @@ def write_netcdf(recording: Recording, path: str | os.PathLike[str]) -> None:
 
     Example:
         >>> import numpy as np, tempfile
+        >>> from pathlib import Path
         >>> path = Path(tempfile.mkdtemp()) / "a.nc"
         >>> write_netcdf(Recording("a", np.ones((8, 50, 3)), bin_width=0.02), path)
         >>> read_netcdf(path)
@@ -47,13 +47,8 @@ def read_netcdf(path: str | os.PathLike[str]) -> Recording:
     Example:
         See `write_netcdf`.
     """
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"{path}: no such file")
-    try:
+    with reading(path, "recording in a netCDF file"):
+        inspect(path, LARGEST)
         # Times are seconds as plain numbers here: nothing is to be read as a date.
         with xr.open_dataset(path, engine="h5netcdf", decode_times=False) as dataset:
-            if dataset.nbytes > LARGEST:
-                raise ValueError(f"needed at most {LARGEST} bytes, got {dataset.nbytes}; split the recording")
             return Recording.from_xarray(dataset.load())
-    except (ValueError, OSError, KeyError, TypeError) as error:
-        raise ValueError(f"{path}: no recording in a netCDF file: {error}") from error

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import math
 import os
+import struct
 import zipfile
-import zlib
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 
-from pyro_metassm import _checks as checks
+from pyro_metassm import _attributes as attributes
+from pyro_metassm.io._files import LARGEST, reading, refuse_claims
 from pyro_metassm.recordings import Recording
 
-LARGEST = 16 * 2**30  # bytes; a compressed file may claim any size, which is checked before it is allocated
+MOST_ARRAYS = 1000
+LONGEST_HEADER = 10_000  # bytes of an array's header: what numpy parses
+PACKINGS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)  # what numpy writes; others pack a million to one
 FIELDS = ("spikes", "mask", "bin_width_s", "condition", "behavior")
 OURS = ("lengths", "inputs", "neuron_ids", "held_out_neurons", "attributes")
 PER_NEURON = ("brain_area",)
@@ -46,13 +49,8 @@ def read_npz(path: str | os.PathLike[str], name: str | None = None) -> Recording
         >>> read_npz(path)
         Recording('monkey': 8 trials x 50 bins x 3 neurons, 20 ms bins, 0% missing)
     """
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"{path}: no such file")
-    try:
-        arrays = _arrays(path)
-        return _recording(arrays, Path(path).stem if name is None else name)
-    except (ValueError, OSError, EOFError, KeyError, zlib.error, zipfile.BadZipFile) as error:
-        raise ValueError(f"{path}: no recording in an .npz file: {error}") from error
+    with reading(path, "recording in an .npz file"):
+        return _recording(_arrays(path), Path(path).stem if name is None else name)
 
 
 def write_npz(recording: Recording, path: str | os.PathLike[str]) -> None:
@@ -85,7 +83,7 @@ def write_npz(recording: Recording, path: str | os.PathLike[str]) -> None:
         "bin_width_s": recording.bin_width,
         "lengths": recording.lengths,
         "held_out_neurons": recording.held_out_neurons,
-        "attributes": checks.to_json(recording.attrs),
+        "attributes": attributes.to_json(recording.attrs),
     }
     for key in ("inputs", "behavior", "condition", "neuron_ids"):
         if getattr(recording, key) is not None:
@@ -95,25 +93,42 @@ def write_npz(recording: Recording, path: str | os.PathLike[str]) -> None:
 
 def _arrays(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
     """All arrays of the file, after a look at what they claim to be."""
+    arrays = {}
     with zipfile.ZipFile(path) as archive:
-        total = sum(member.file_size for member in archive.infolist())
-        if total > LARGEST:
-            raise ValueError(f"needed at most {LARGEST} bytes, got {total}; split the recording")
-        for member in archive.infolist():
+        members = archive.infolist()
+        if len(members) > MOST_ARRAYS:
+            raise ValueError(f"needed at most {MOST_ARRAYS} arrays, got {len(members)}; leave some out")
+        refuse_claims(sum(member.file_size for member in members), path, LARGEST)
+        for member in members:
+            key = member.filename.removesuffix(".npy")
+            if key in arrays:
+                raise ValueError(f"needed different arrays, got two called {key!r}")
+            if member.compress_type not in PACKINGS:
+                raise ValueError(f"needed arrays as numpy packs them, got {member.filename} packed otherwise")
             with archive.open(member) as file:
-                version = np.lib.format.read_magic(file)
-                header = (
-                    np.lib.format.read_array_header_1_0
-                    if version == (1, 0)
-                    else np.lib.format.read_array_header_2_0
-                )
-                shape, _, dtype = header(file)
-                if math.prod(shape) * dtype.itemsize > member.file_size and not dtype.hasobject:
-                    raise ValueError(
-                        f"needed all of {member.filename}, got less than its header says; copy it again"
-                    )
-    with np.load(path, allow_pickle=False) as file:
-        return {key: file[key] for key in file.files}
+                _check_header(file, member)
+            with archive.open(member) as file:
+                arrays[key] = np.lib.format.read_array(file, allow_pickle=False)
+    return arrays
+
+
+def _check_header(file: IO[bytes], member: zipfile.ZipInfo) -> None:
+    """Refuse an array that is not plain numbers or text, or that says it is longer than it is."""
+    version = np.lib.format.read_magic(file)
+    length = file.read(2 if version == (1, 0) else 4)
+    (size,) = struct.unpack("<H" if version == (1, 0) else "<I", length)
+    if size > LONGEST_HEADER:  # numpy reads it before it asks
+        raise ValueError(f"{member.filename}: needed a header of at most {LONGEST_HEADER} bytes, got {size}")
+    file.seek(-len(length), os.SEEK_CUR)
+    read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+    shape, _, dtype = read(file)
+    # Of no size are texts of no length, which numpy makes one character long.
+    if dtype.kind not in "biufSU" or dtype.itemsize == 0:
+        raise ValueError(
+            f"{member.filename}: needed numbers or text, got {dtype} (Object arrays are not read: they are pickles)"
+        )
+    if any(size < 0 for size in shape) or math.prod(shape) * dtype.itemsize > member.file_size:
+        raise ValueError(f"needed all of {member.filename}, got less than its header says; copy it again")
 
 
 def _recording(arrays: dict[str, np.ndarray], name: str) -> Recording:
@@ -122,16 +137,17 @@ def _recording(arrays: dict[str, np.ndarray], name: str) -> Recording:
         raise ValueError(
             f"needed {', '.join(FIELDS[:3])}, got no {', '.join(missing)} but {sorted(arrays)}; add it"
         )
-    spikes = arrays["spikes"]
+    spikes, bin_width = arrays["spikes"], arrays["bin_width_s"]
+    if bin_width.size != 1:
+        raise ValueError(f"bin_width_s: needed one number, a bin_width in seconds, got {bin_width.size}")
     given = {key: arrays[key] for key in FIELDS[3:] + OURS[:-1] if key in arrays}
     if "attributes" in arrays:
-        attrs = checks.from_json(str(arrays["attributes"].item()))
+        attrs = attributes.from_json(str(arrays["attributes"].item()))
     else:
         attrs = _attrs(
             {key: array for key, array in arrays.items() if key not in FIELDS + OURS}, spikes.shape
         )
-    bin_width: Any = arrays["bin_width_s"]
-    return Recording(name, spikes, bin_width=bin_width, mask=arrays["mask"], attrs=attrs, **given)
+    return Recording(name, spikes, bin_width=bin_width.item(), mask=arrays["mask"], attrs=attrs, **given)
 
 
 def _attrs(extra: dict[str, np.ndarray], shape: tuple[int, ...]) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from pyro.distributions import TorchDistribution
 from torch import Tensor, nn
 
 from pyro_metassm import _checks as checks
+from pyro_metassm import _machine as machine
 from pyro_metassm.likelihoods.base import Likelihood, is_family
 from pyro_metassm.likelihoods.side_by_side import Part, SideBySide, of_rows
 from pyro_metassm.neurons import NeuronTable
@@ -196,7 +197,7 @@ def _families(given: Any) -> list[type[Likelihood]]:
             continue
         if any(family.__name__ == other.__name__ for other in found):
             raise ValueError(f"Mixed: needed families of different names, got two called {family.__name__}")
-        with torch.random.fork_rng(devices=[]):
+        with machine.random_forked():
             y = family(NeuronTable(["a"], [1]))(torch.zeros(1, 1, 1, 1), torch.tensor([0]))
         if y.event_shape:
             raise ValueError(

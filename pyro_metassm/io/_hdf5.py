@@ -1,0 +1,112 @@
+"""A look at an HDF5 file before it is read: what it claims, and that everything that it holds is its own."""
+
+from __future__ import annotations
+
+import math
+import os
+from typing import Any
+
+import h5py
+
+from pyro_metassm.io._files import refuse_claims
+
+MOST_OBJECTS = 10_000
+LONG = 2**24  # bytes
+PIECE = 64  # texts of any length read at a time, to see how long they are
+
+
+def inspect(path: str | os.PathLike[str], largest: int) -> None:
+    """Refuse a file that would take more memory than it may, or that would have other files read.
+
+    Links into other files, data that lie in other files and virtual data sets are refused: who sends a file is not to
+    have others read by it. Sizes are those that the file claims, unpacked; texts of variable length, of which many may
+    be the same place in the file, are read a few at a time until they are too many.
+
+    Args:
+        path: the file.
+        largest: bytes that it may claim.
+
+    Raises:
+        ValueError: what is refused.
+        OSError: no HDF5 file.
+    """
+    with h5py.File(path, "r") as file:
+        seen: set[Any] = set()
+        groups: list[h5py.Group] = [file]
+        claimed = 0
+        while groups:
+            group = groups.pop()
+            claimed += _attributes(group, path)
+            for name in group:
+                link = group.get(name, getlink=True)
+                if not isinstance(link, h5py.HardLink):
+                    raise ValueError(f"{name!r}: needed data in the file itself, got a {type(link).__name__}")
+                item = group[name]
+                address = h5py.h5o.get_info(item.id).addr
+                if address in seen:
+                    continue
+                seen.add(address)
+                if len(seen) > MOST_OBJECTS:
+                    raise ValueError(f"needed at most {MOST_OBJECTS} objects, got more")
+                if isinstance(item, h5py.Group):
+                    groups.append(item)
+                elif isinstance(item, h5py.Dataset):
+                    claimed += _claimed(item, name)
+                    _check_scales(item, name)
+                    claimed += _attributes(item, path)
+                    refuse_claims(claimed, path, largest)
+                    if item.dtype.hasobject:
+                        claimed += _texts(item, path, largest)
+        refuse_claims(claimed, path, largest)
+
+
+def _claimed(dataset: h5py.Dataset, name: str) -> int:
+    if dataset.external or dataset.is_virtual:
+        raise ValueError(f"{name!r}: needed data in the file itself, got data that lie in another file")
+    return math.prod(dataset.shape or ()) * dataset.dtype.itemsize
+
+
+def _check_scales(dataset: h5py.Dataset, name: str) -> None:
+    """Refuse dimension scales of other kinds than HDF5 makes: it reads them unseen, into memory that is not theirs."""
+    attrs = dataset.attrs
+    kinds = {
+        key: attrs.get_id(key)
+        for key in ("DIMENSION_LIST", "REFERENCE_LIST", "CLASS", "NAME")
+        if key in attrs
+    }
+    for key, found in kinds.items():
+        dtype, shape = found.dtype, found.shape
+        match key:
+            case "DIMENSION_LIST":
+                inner = h5py.check_vlen_dtype(dtype)
+                good = inner is not None and h5py.check_ref_dtype(inner) is h5py.Reference
+                good = good and shape == (dataset.ndim,)
+            case "REFERENCE_LIST":
+                good = dtype.names == ("dataset", "dimension") and len(shape) == 1
+                good = good and h5py.check_ref_dtype(dtype["dataset"]) is h5py.Reference
+                good = good and dtype["dimension"].kind in "iu" and dtype["dimension"].itemsize == 4
+            case _:
+                good = h5py.check_string_dtype(dtype) is not None and shape == ()
+        if not good:
+            raise ValueError(f"{name!r}: needed {key} as HDF5 writes it, got {dtype} of shape {shape}")
+
+
+def _attributes(item: h5py.HLObject, path: str | os.PathLike[str]) -> int:
+    """Bytes of the attributes of a group or data set; texts of any length count as if they were long."""
+    total, long = 0, min(os.path.getsize(path), LONG)
+    for name in item.attrs:
+        found = item.attrs.get_id(name)
+        many = math.prod(found.shape)
+        total += many * found.dtype.itemsize + (many - 1) * long * found.dtype.hasobject
+    return total
+
+
+def _texts(dataset: h5py.Dataset, path: str | os.PathLike[str], largest: int) -> int:
+    """Bytes of all texts (or lists) of a data set, read piece by piece."""
+    total = 0
+    if dataset.ndim == 0:
+        return len(dataset[()])
+    for first in range(0, len(dataset), PIECE):
+        total += sum(len(item) for item in dataset[first : first + PIECE].ravel())
+        refuse_claims(total, path, largest)
+    return total
