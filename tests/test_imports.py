@@ -24,8 +24,9 @@ LAYERS: tuple[set[str], ...] = (
         "warm_start", "windows",
     },
     {
-        "_calibration_plot", "_embedding_plot", "_flow_plots", "_scores", "analysis", "calibrating", "comparing",
-        "leaving_future_out", "metrics", "plots", "restarts",
+        "_by_recording", "_calibration_plot", "_decoding", "_draw_scores", "_embedding_plot", "_flow_plots",
+        "_forecast_scores", "_mean_rates", "_scored_neurons", "_scores", "analysis", "baselines", "calibrating",
+        "comparing", "drift", "leaving_future_out", "metrics", "plots", "restarts", "suggesting",
     },
     {"__main__", "cli", "experiments"},
 )  # fmt: skip
