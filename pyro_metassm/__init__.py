@@ -1,5 +1,6 @@
 """Meta-dynamical state space models: one family of latent dynamics for many recordings."""
 
+from pyro_metassm import baselines as baselines
 from pyro_metassm import guides as guides
 from pyro_metassm import io as io
 from pyro_metassm import likelihoods as likelihoods

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import xarray as xr
 
 from pyro_metassm.recordings import Recording, Recordings
+
+T = TypeVar("T")
 
 
 def by_recording(score: str, recs: Recordings, of: Callable[[str, Recording], float]) -> xr.DataArray:
@@ -15,7 +17,7 @@ def by_recording(score: str, recs: Recordings, of: Callable[[str, Recording], fl
     return xr.DataArray(values, {"recording": list(recs)}, ("recording",), score)
 
 
-def named(name: str, function: Callable[..., float], *args: Any) -> float:
+def named(name: str, function: Callable[..., T], *args: Any) -> T:
     """The result, or the error with the recording's name."""
     try:
         return function(*args)

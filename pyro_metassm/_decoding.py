@@ -112,7 +112,7 @@ def forecast_decoding_r2(
                 steps[way][row, step] = mean_r2(y[there, step], velocity[there, step])
     leads = ("horizon_step", np.arange(1, horizon + 1) * test.bin_width, {"units": "s"})
     coords = {"recording": list(test), "horizon_step": np.arange(1, horizon + 1), "lead_time": leads}
-    variables = {way: (("recording",), whole[way]) for way in ways}
+    variables: dict[str, Any] = {way: (("recording",), whole[way]) for way in ways}
     variables |= {f"{way}_by_step": (("recording", "horizon_step"), steps[way]) for way in ways}
     return xr.Dataset(variables, coords, {"context": context, "lag": lag, "num_samples": num_samples})
 

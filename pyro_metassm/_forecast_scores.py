@@ -113,7 +113,7 @@ def forecast_scores(
         "lead_time": ("horizon_step", steps * recs.bin_width, {"units": "s"}),
     }
     dims = ("recording", "horizon_step")
-    variables = {name: (dims, values) for name, values in found.items()}
+    variables: dict[str, tuple] = {name: (dims, values) for name, values in found.items()}
     variables["coverage"] = ((*dims, "level"), coverage)
     attrs = {"context": context, "smoothing_sd": smoothing_sd, "num_samples": num_samples, "seed": seed}
     return xr.Dataset(variables, coords, attrs)
