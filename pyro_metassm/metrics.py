@@ -34,6 +34,7 @@ __all__ = [
     "forecast_r2",
     "forecast_scores",
     "fp_bps",
+    "mean_forecasts",
     "mean_rates",
     "psth_r2",
     "r2",
