@@ -97,6 +97,16 @@ def spike_information(rates: np.ndarray, spikes: np.ndarray) -> np.ndarray:
     return gains
 
 
+def ratio(parts: np.ndarray, sizes: np.ndarray) -> tuple[float, float]:
+    """``sum parts / sum sizes`` over trials and its standard error, by the delta method; NaN of what has no size."""
+    total = sizes.sum()
+    if not total > 0:
+        return float("nan"), float("nan")
+    value = parts.sum() / total
+    spread = np.var(parts - value * sizes, ddof=1) if len(parts) > 1 else np.nan
+    return float(value), float(np.sqrt(len(parts) * spread) / total)
+
+
 def velocity_r2(
     train_rates: Any,
     train_velocity: Any,

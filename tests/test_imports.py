@@ -11,7 +11,7 @@ ROOT = Path(__file__).resolve().parents[1]
 # with a leading underscore are private parts of the modules of their layer.
 LAYERS: tuple[set[str], ...] = (
     {
-        "_batch", "_checks", "_machine", "_recording", "_summary",
+        "_batch", "_checks", "_findings", "_machine", "_recording", "_summary",
         "adaptations", "blocks", "capture", "describing", "dims", "distributions", "dynamics", "global_sites", "hooks",
         "io", "likelihoods", "native", "neurons", "observations", "products", "rebuilding", "recordings", "simulate",
         "sites", "transitions",
@@ -26,7 +26,7 @@ LAYERS: tuple[set[str], ...] = (
     {
         "_by_recording", "_calibration_plot", "_decoding", "_draw_scores", "_embedding_plot", "_flow_plots",
         "_forecast_scores", "_mean_rates", "_scored_neurons", "_scores", "analysis", "baselines", "calibrating",
-        "comparing", "drift", "leaving_future_out", "metrics", "plots", "restarts", "suggesting",
+        "comparing", "drifting", "leaving_future_out", "metrics", "plots", "restarts", "suggesting",
     },
     {"__main__", "cli", "experiments"},
 )  # fmt: skip

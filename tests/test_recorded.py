@@ -170,6 +170,7 @@ def monkeys(tmp_path):
     return folder
 
 
+@pytest.mark.slow
 def test_reaching_from_end_to_end_and_goes_on(monkeys, tmp_path):
     out, told = tmp_path / "out", []
     numbers = reaching.run(out, data=monkeys, small=True, setting=TINY, say=told.append)
@@ -194,7 +195,7 @@ def test_reaching_from_end_to_end_and_goes_on(monkeys, tmp_path):
 
 def test_decisions_from_end_to_end(tmp_path):
     rng = np.random.default_rng(0)
-    for name, subject in (("s01", "A"), ("s08", "B"), ("s12", "C"), ("s18", "C")):
+    for name, subject in (("s01", "A"), ("s08", "B"), ("s18", "C")):
         write(
             tmp_path / f"steinmetz_{name}_10ms.npz",
             rng,
@@ -206,7 +207,7 @@ def test_decisions_from_end_to_end(tmp_path):
     numbers = decisions.run(
         tmp_path / "out", data=tmp_path, small=True, setting=settings, say=lambda text: None
     )
-    assert next(iter(numbers)) == "20ms" and len(numbers["20ms"]["pooling"]) == 3
+    assert next(iter(numbers)) == "20ms" and len(numbers["20ms"]["pooling"]) == 2
     assert (tmp_path / "out" / "20ms" / "embedding.png").is_file() and (
         tmp_path / "out" / "index.html"
     ).is_file()

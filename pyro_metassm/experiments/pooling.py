@@ -6,6 +6,7 @@ Every piece is a JSON file that is either there and complete or not there: what 
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ import numpy as np
 import torch
 
 from pyro_metassm import baselines, likelihoods, metrics, saving
-from pyro_metassm._scores import mean_r2, spike_information, velocity_decoder
+from pyro_metassm._scores import mean_r2, ratio, spike_information, velocity_decoder
 from pyro_metassm.adaptation import adapt
 from pyro_metassm.draws import forecast_trials
 from pyro_metassm.experiments import report
@@ -300,9 +301,8 @@ def bits(
     """Bits per spike of ``[gains, spikes]`` and their standard error over trials; of a difference, trial by trial."""
     gains, spikes = (np.array(values) for values in pair)
     gains = gains if minus is None else gains - np.array(minus[0])
-    value = gains.sum() / spikes.sum()
-    error = np.sqrt(len(gains) * np.var(gains - value * spikes, ddof=1)) / spikes.sum()
-    return float(value / np.log(2)), float(error / np.log(2))
+    value, error = ratio(gains, spikes)
+    return value / math.log(2), error / math.log(2)
 
 
 def _gains(rates: np.ndarray, spikes: np.ndarray) -> list[list[float]]:
