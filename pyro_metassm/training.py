@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import copy
 import math
+import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +21,7 @@ from pyro_metassm import _checks as checks
 from pyro_metassm import _machine as machine
 from pyro_metassm import checkpoints, sites
 from pyro_metassm import warm_start as starts
+from pyro_metassm.announcing import Announcement
 from pyro_metassm.elbo import SequentialELBO
 from pyro_metassm.guides.base import AmortizedGuide
 from pyro_metassm.history import History
@@ -137,11 +140,19 @@ def fit(
         trainer = Trainer(model, guide, recs, options, chosen)
         trainer.check_program()
         with tqdm(total=num_steps, disable=not progress, desc="fit", dynamic_ncols=True) as bar:
+            sizes = (num_steps, trials_per_step, recordings_per_step)
+            tell = (
+                Announcement(partial(bar.write, file=sys.stderr), recs, (model, guide), *sizes)
+                if progress
+                else None
+            )
             if not (checkpoint is not None and checkpoints.resume(checkpoint, trainer)) and warm_start:
                 trainer.warm_start(bar)
             bar.update(trainer.step)
             while trainer.step < num_steps:
                 trainer.take_step()
+                if tell is not None:
+                    tell.after_step(trainer.step)
                 if validation is not None and (
                     trainer.step % validation_every == 0 or trainer.step == num_steps
                 ):

@@ -19,7 +19,8 @@ LAYERS: tuple[set[str], ...] = (
     {"models"},
     {"guides"},
     {
-        "adaptation", "checkpoints", "draws", "elbo", "few_shot", "for_arviz", "frames", "history", "joining",
+        "adaptation", "announcing", "checkpoints",
+        "draws", "elbo", "few_shot", "for_arviz", "frames", "history", "joining",
         "keeping", "optimizers", "posterior", "read_outs", "result", "rollouts", "saving", "training", "trees",
         "warm_start", "windows",
     },
