@@ -25,7 +25,7 @@ SMALL = replace(
     FULL, num_steps=300, warm_start_steps=200, adapt_steps=200, num_starts=64, search_steps=60, shots=(16,)
 )
 MOST_TRIALS = 300  # of a recording, the first ones: before a change of the task, where there is one
-SMALL_SIZES = {"trials": 120, "neurons": 50}
+SMALL_SIZES = {"trials": 120}
 
 NOTES = (
     "Bins are 100 ms (Chewie) and 90 ms (Hennig: two of 45 ms): near enough to pool, not equal; dynamics are per bin, "
