@@ -1,6 +1,7 @@
 """Meta-dynamical state space models: one family of latent dynamics for many recordings."""
 
 from pyro_metassm import analysis as analysis
+from pyro_metassm import baselines as baselines
 from pyro_metassm import guides as guides
 from pyro_metassm import io as io
 from pyro_metassm import likelihoods as likelihoods
@@ -12,6 +13,7 @@ from pyro_metassm.adaptation import adapt as adapt
 from pyro_metassm.calibrating import calibration as calibration
 from pyro_metassm.checkpoints import CheckpointError as CheckpointError
 from pyro_metassm.comparing import compare as compare
+from pyro_metassm.drifting import drift as drift
 from pyro_metassm.for_arviz import to_arviz as to_arviz
 from pyro_metassm.joining import join as join
 from pyro_metassm.leaving_future_out import leave_future_out as leave_future_out
@@ -25,6 +27,8 @@ from pyro_metassm.restarts import Restarts as Restarts
 from pyro_metassm.restarts import fit_restarts as fit_restarts
 from pyro_metassm.result import Fit as Fit
 from pyro_metassm.saving import load as load
+from pyro_metassm.suggesting import search_objective as search_objective
+from pyro_metassm.suggesting import suggest_dims as suggest_dims
 from pyro_metassm.trainer import NonFiniteLossError as NonFiniteLossError
 from pyro_metassm.training import fit as fit
 

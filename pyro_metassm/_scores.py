@@ -77,7 +77,7 @@ def bits_per_spike(rates: Any, spikes: Any, null_rates: Any = None) -> float:
         raise ValueError(
             f"bits_per_spike: needed null_rates (neuron,) = ({y.shape[-1]},), got shape {null.shape}"
         ) from None
-    gain = _poisson(y[seen], r[seen], "rates") - _poisson(y[seen], null[seen], "null_rates")
+    gain = poisson(y[seen], r[seen], "rates") - poisson(y[seen], null[seen], "null_rates")
     count = y[seen].sum()
     return float(gain / (count * np.log(2.0))) if count else float("nan")
 
@@ -93,8 +93,18 @@ def spike_information(rates: np.ndarray, spikes: np.ndarray) -> np.ndarray:
     gains = np.zeros(len(spikes))
     for trial, (y, r, r0) in enumerate(zip(spikes, rates, null, strict=True)):
         seen = ~np.isnan(y)
-        gains[trial] = _poisson(y[seen], r[seen], "rates") - _poisson(y[seen], r0[seen], "null_rates")
+        gains[trial] = poisson(y[seen], r[seen], "rates") - poisson(y[seen], r0[seen], "null_rates")
     return gains
+
+
+def ratio(parts: np.ndarray, sizes: np.ndarray) -> tuple[float, float]:
+    """``sum parts / sum sizes`` over trials and its standard error, by the delta method; NaN of what has no size."""
+    total = sizes.sum()
+    if not total > 0:
+        return float("nan"), float("nan")
+    value = parts.sum() / total
+    spread = np.var(parts - value * sizes, ddof=1) if len(parts) > 1 else np.nan
+    return float(value), float(np.sqrt(len(parts) * spread) / total)
 
 
 def velocity_r2(
@@ -129,29 +139,60 @@ def velocity_r2(
         >>> round(velocity_r2(rates[:15], velocity[:15], rates[15:], velocity[15:]), 3)
         1.0
     """
-    x, y = _samples("train", train_rates, train_velocity)
+    x, _ = _samples("train", train_rates, train_velocity)
     x_test, y_test = _samples("test", test_rates, test_velocity)
-    if x.shape[1] != x_test.shape[1] or y.shape[1] != y_test.shape[1]:
+    dims = np.shape(train_velocity)[-1]
+    if x.shape[1] != x_test.shape[1] or dims != y_test.shape[1]:
         raise ValueError(
             "velocity_r2: needed the same neurons and dims to train and to test, got "
-            f"{x.shape[1]} and {x_test.shape[1]} neurons, {y.shape[1]} and {y_test.shape[1]} dims"
+            f"{x.shape[1]} and {x_test.shape[1]} neurons, {dims} and {y_test.shape[1]} dims"
         )
     if len(x) < 2 * FOLDS or not len(x_test):
         raise ValueError(
             f"velocity_r2: needed {2 * FOLDS} training samples and a test sample with rates and velocity, "
             f"got {len(x)} and {len(x_test)}"
         )
+    return mean_r2(y_test, velocity_decoder(train_rates, train_velocity, alphas=alphas)(x_test))
+
+
+def velocity_decoder(
+    rates: Any, velocity: Any, *, alphas: Sequence[float] = ALPHAS
+) -> Callable[[np.ndarray], np.ndarray]:
+    """The decoder of :func:`velocity_r2`: a function of rates ``(..., neuron)`` that gives ``(..., dims)``.
+
+    Args:
+        rates: ``(..., neuron)``.
+        velocity: ``(..., dims)`` with the leading axes of the rates; bins with NaN in either are left out.
+        alphas: ridge penalties to choose from, by 5-fold cross-validation over the samples in their order.
+
+    Raises:
+        ValueError: shapes that do not fit, fewer than 10 samples.
+
+    Example:
+        >>> rates = np.random.default_rng(0).normal(size=(20, 30, 8))
+        >>> decode = velocity_decoder(rates, rates[..., :2] + 1.0)
+        >>> bool(np.allclose(decode(rates[0]), rates[0, :, :2] + 1.0, atol=1e-3))
+        True
+    """
+    x, y = _samples("train", rates, velocity)
+    if len(x) < 2 * FOLDS:
+        raise ValueError(f"velocity_decoder: needed {2 * FOLDS} training samples, got {len(x)}")
     scores = np.zeros(len(alphas))
     for fold in np.array_split(np.arange(len(x)), FOLDS):
         rest = np.setdiff1d(np.arange(len(x)), fold)
-        scores += [_mean_r2(y[fold], predict(x[fold])) for predict in _ridge(x[rest], y[rest], alphas)]
-    best = alphas[int(np.argmax(scores))]
-    (predict,) = _ridge(x, y, [best])
-    return _mean_r2(y_test, predict(x_test))
+        scores += [mean_r2(y[fold], predict(x[fold])) for predict in ridge(x[rest], y[rest], alphas)]
+    (predict,) = ridge(x, y, [alphas[int(np.argmax(scores))]])
+    return predict
 
 
 def psth_r2(
-    rates: Any, spikes: Any, condition: Any, *, spikes_condition: Any = None, smoothing_sd: float = 0.0
+    rates: Any,
+    spikes: Any,
+    condition: Any,
+    *,
+    spikes_condition: Any = None,
+    smoothing_sd: float = 0.0,
+    jitter: Any = None,
 ) -> float:
     r"""Match of condition-averaged rates with peri-stimulus time histograms (the Neural Latents Benchmark's
     `psth R2`).
@@ -167,6 +208,9 @@ def psth_r2(
         spikes_condition: ``(trial,)``, of every trial of ``spikes``; default ``condition``.
         smoothing_sd: sd of the Gaussian that smooths the spikes of each trial, in bins. The benchmark smooths
             with 70 ms (mc_maze), before cutting the trials.
+        jitter: ``(trial,)`` integers: bins by which each trial of ``rates`` is moved later (earlier where negative)
+            before the averages, where the benchmark has cut its test trials with a jitter; bins that come in are
+            missing. Default: none.
 
     Returns:
         the score. Neurons whose histograms do not vary are left out.
@@ -199,11 +243,18 @@ def psth_r2(
         raise ValueError(
             f"psth_r2: needed conditions in common, got {np.unique(of_x)} of rates, {np.unique(of_y)} of spikes"
         )
-    y = _smooth(y, smoothing_sd)
+    y = smooth(y, smoothing_sd)
+    if jitter is not None:
+        shifts = np.asarray(jitter)
+        if shifts.shape != of_x.shape or shifts.dtype.kind not in "iu":
+            raise ValueError(
+                f"psth_r2: needed jitter as integers {of_x.shape}, got {shifts.dtype} {shifts.shape}"
+            )
+        x = np.stack([_shifted(trial, int(by)) for trial, by in zip(x, shifts, strict=True)])
     predicted = np.concatenate([_mean(x[of_x == c], (0,))[0] for c in common])
     true = np.concatenate([_mean(y[of_y == c], (0,))[0] for c in common])
     seen = ~np.isnan(true) & ~np.isnan(predicted)
-    return _mean_r2(np.where(seen, true, np.nan), np.where(seen, predicted, 0.0))
+    return mean_r2(np.where(seen, true, np.nan), np.where(seen, predicted, 0.0))
 
 
 def _pair(function: str, first: str, a: Any, second: str, b: Any) -> tuple[np.ndarray, np.ndarray]:
@@ -242,13 +293,13 @@ def explained(y: np.ndarray, prediction: np.ndarray, axes: tuple[int, ...]) -> f
     return float(1.0 - np.nansum((y - prediction) ** 2) / total) if total > 0 else float("nan")
 
 
-def _mean_r2(y: np.ndarray, prediction: np.ndarray) -> float:
+def mean_r2(y: np.ndarray, prediction: np.ndarray) -> float:
     """Mean over the columns that vary of their R2."""
     each = np.array([explained(y[:, [d]], prediction[:, [d]], (0,)) for d in range(y.shape[1])])
     return float(each[~np.isnan(each)].mean()) if (~np.isnan(each)).any() else float("nan")
 
 
-def _poisson(y: np.ndarray, rates: np.ndarray, what: str) -> float:
+def poisson(y: np.ndarray, rates: np.ndarray, what: str) -> float:
     """Poisson log-likelihood without ``log y!``."""
     bad = (rates < 0) | ((rates == 0) & (y > 0)) | ~np.isfinite(rates)
     if bad.any():
@@ -272,7 +323,7 @@ def _samples(which: str, rates: Any, velocity: Any) -> tuple[np.ndarray, np.ndar
     return x[known], y[known]
 
 
-def _ridge(x: np.ndarray, y: np.ndarray, alphas: Sequence[float]) -> list[Callable[[np.ndarray], np.ndarray]]:
+def ridge(x: np.ndarray, y: np.ndarray, alphas: Sequence[float]) -> list[Callable[[np.ndarray], np.ndarray]]:
     """Minimisers of ``|y - x w - b|^2 + alpha |w|^2``, one for each alpha, from one decomposition."""
     mean_x, mean_y = x.mean(0), y.mean(0)
     values, vectors = np.linalg.eigh((x - mean_x).T @ (x - mean_x))
@@ -285,7 +336,7 @@ def _ridge(x: np.ndarray, y: np.ndarray, alphas: Sequence[float]) -> list[Callab
     return [minimiser(alpha) for alpha in alphas]
 
 
-def _smooth(values: np.ndarray, sd: float) -> np.ndarray:
+def smooth(values: np.ndarray, sd: float) -> np.ndarray:
     """Gaussian smoothing along time ``(trial, time, neuron)``; NaN stays NaN and does not spread."""
     if sd <= 0:
         return values
@@ -297,3 +348,11 @@ def _smooth(values: np.ndarray, sd: float) -> np.ndarray:
         weight > 0, weight, 1.0
     )
     return np.where(seen, smoothed, np.nan)
+
+
+def _shifted(trial: np.ndarray, by: int) -> np.ndarray:
+    """A trial ``(time, neuron)`` some bins later, NaN in the bins that come in."""
+    moved = np.full_like(trial, np.nan)
+    size = max(len(trial) - abs(by), 0)
+    moved[max(by, 0) : max(by, 0) + size] = trial[max(-by, 0) : max(-by, 0) + size]
+    return moved

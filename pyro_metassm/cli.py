@@ -106,7 +106,7 @@ def _parser() -> argparse.ArgumentParser:
     adapt.set_defaults(command=_adapt)
 
     experiment = commands.add_parser(
-        "experiment", help="do a study of simulated recordings, or go on with it"
+        "experiment", help="do a study of simulated or real recordings, or go on with it"
     )
     experiments = experiment.add_subparsers(required=True, metavar="NAME")
     for name, text in (
@@ -127,6 +127,18 @@ def _parser() -> argparse.ArgumentParser:
             )
         if name != "limit_cycles":
             one.add_argument("--held-out-seed", type=int, default=1000, help="of the unseen recordings")
+        one.set_defaults(command=_experiment, name=name)
+    for name, text in (
+        ("reaching", "real reaches: pool recordings of monkeys, adapt to an unseen one, decode the hand"),
+        ("decisions", "real decisions: pool recordings of mice (Neuropixels), adapt to unseen ones"),
+    ):
+        one = experiments.add_parser(name, help=text)
+        one.add_argument(
+            "--data", metavar="FOLDER", help="with the recordings; without it: where public ones are"
+        )
+        one.add_argument("--out", help=f"folder to write into (default: {name}, or {name}-small)")
+        one.add_argument("--seeds", type=int, nargs="+", default=[0], help="the tables are over all of them")
+        one.add_argument("--small", action="store_true", help="fewer trials, neurons and steps")
         one.set_defaults(command=_experiment, name=name)
     return parser
 

@@ -10,31 +10,38 @@ variance, in a recording of several kinds, that of the others.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any
-
 import numpy as np
 import xarray as xr
 
 from pyro_metassm import _checks as checks
-from pyro_metassm import _machine as machine
-from pyro_metassm._scores import bits_per_spike, explained, psth_r2, r2, velocity_r2
-from pyro_metassm.draws import Chunk, forecast_chunks, forecast_trials, observation, posterior_chunks
-from pyro_metassm.observations import counted
+from pyro_metassm._by_recording import by_recording, named
+from pyro_metassm._decoding import decoding_r2, forecast_decoding_r2
+from pyro_metassm._draw_scores import crps, rank_levels
+from pyro_metassm._forecast_scores import forecast_scores
+from pyro_metassm._mean_rates import mean_forecasts, mean_rates
+from pyro_metassm._scored_neurons import constant_rates, spiking_neurons, varying_neurons
+from pyro_metassm._scores import bits_per_spike, explained, psth_r2, r2, velocity_decoder, velocity_r2
+from pyro_metassm.draws import forecast_trials
 from pyro_metassm.recordings import Recording, Recordings
 from pyro_metassm.result import Fit
 
 __all__ = [
     "bits_per_spike",
     "co_bps",
+    "crps",
     "decoding_r2",
+    "forecast_decoding_r2",
     "forecast_r2",
+    "forecast_scores",
     "fp_bps",
+    "mean_forecasts",
     "mean_rates",
     "psth_r2",
     "r2",
+    "rank_levels",
     "rate_bps",
     "reconstruction_r2",
+    "velocity_decoder",
     "velocity_r2",
 ]
 
@@ -75,9 +82,9 @@ def forecast_r2(
     scores = np.full((len(recs), horizon), np.nan)
     for row, (name, recording) in enumerate(recs.items()):
         trials = forecast_trials(recs, name, context)
-        rates = _mean_forecasts(fit, recs, name, trials, context, horizon, num_samples, seed)
+        rates = mean_forecasts(fit, recs, name, trials, context, horizon, num_samples, seed)
         seen = recording.observations[trials, context : context + horizon].astype(np.float64)
-        chosen = _varying(fit, name)
+        chosen = varying_neurons(fit, name)
         seen, rates = seen[..., chosen], rates[..., chosen]
         for step in range(seen.shape[1]):
             scores[row, step] = explained(seen[:, step], rates[:, step], (0,))
@@ -106,11 +113,11 @@ def reconstruction_r2(fit: Fit, recs: Recordings, *, num_samples: int = 50, seed
     checks.integers(num_samples=num_samples)
 
     def score(name: str, recording: Recording) -> float:
-        chosen = _varying(fit, name)
+        chosen = varying_neurons(fit, name)
         rates = mean_rates(fit, recs, name, num_samples, seed)
         return r2(recording.observations[..., chosen], rates[..., chosen])
 
-    return _by_recording("reconstruction_r2", recs, score)
+    return by_recording("reconstruction_r2", recs, score)
 
 
 def rate_bps(
@@ -137,14 +144,14 @@ def rate_bps(
     """
     checks.integers(num_samples=num_samples)
 
-    spiking = _spiking(fit, recs)
+    spiking = spiking_neurons(fit, recs)
 
     def score(name: str, recording: Recording) -> float:
         return _bits(
             mean_rates(fit, recs, name, num_samples, seed), recording.observations, null, name, spiking[name]
         )
 
-    return _by_recording("rate_bps", recs, score)
+    return by_recording("rate_bps", recs, score)
 
 
 def co_bps(
@@ -169,7 +176,7 @@ def co_bps(
             "with pm.Recording(..., held_out_neurons=...), before the fit"
         )
 
-    spiking = _spiking(fit, recs)
+    spiking = spiking_neurons(fit, recs)
 
     def score(name: str, recording: Recording) -> float:
         held_out = recording.held_out_neurons & spiking[name]
@@ -179,7 +186,7 @@ def co_bps(
             mean_rates(fit, recs, name, num_samples, seed), recording.observations, null, name, held_out
         )
 
-    return _by_recording("co_bps", recs, score)
+    return by_recording("co_bps", recs, score)
 
 
 def fp_bps(
@@ -207,7 +214,7 @@ def fp_bps(
         ValueError: no trial as long as ``context``, nothing after it; and as :func:`rate_bps`.
     """
     checks.integers(context=context, horizon=1 if horizon is None else horizon, num_samples=num_samples)
-    scores, spiking = {}, _spiking(fit, recs)
+    scores, spiking = {}, spiking_neurons(fit, recs)
     for name, recording in recs.items():
         trials = forecast_trials(recs, name, context)
         steps = min(int(recording.lengths.max()) - context, horizon or recording.num_bins)
@@ -216,111 +223,10 @@ def fp_bps(
                 f"recording {name!r}: needed bins after context = {context} to score, got none; "
                 "choose a shorter context"
             )
-        rates = _mean_forecasts(fit, recs, name, trials, context, steps, num_samples, seed)
+        rates = mean_forecasts(fit, recs, name, trials, context, steps, num_samples, seed)
         spikes = recording.observations[trials, context : context + steps]
-        scores[name] = _named(name, _bits, rates, spikes, null, name, spiking[name])
+        scores[name] = named(name, _bits, rates, spikes, null, name, spiking[name])
     return xr.DataArray(list(scores.values()), {"recording": list(scores)}, ("recording",), "fp_bps")
-
-
-def decoding_r2(
-    fit: Fit,
-    train: Recordings,
-    test: Recordings,
-    *,
-    dims: Iterable[int | str] | None = None,
-    lag: float = 0.0,
-    num_samples: int = 50,
-    seed: int = 0,
-) -> xr.DataArray:
-    """:func:`velocity_r2` of the recordings' behaviour from posterior mean rates, by recording.
-
-    Args:
-        fit: a fit that knows the recordings.
-        train: trials to learn the decoder from.
-        test: trials to score it on.
-        dims: dims of the behaviour: positions, or names in ``attrs["behavior_names"]``; default all.
-        lag: by how much the behaviour follows the rates, in s (rounded to bins; motor cortex leads by about
-            0.1 s).
-        num_samples: draws behind the posterior mean.
-        seed: of the draws.
-
-    Returns:
-        ``(recording,)``, over the recordings of ``test``.
-
-    Raises:
-        ValueError: a recording without behaviour, an unknown dim; and as :func:`velocity_r2`.
-    """
-    checks.integers(num_samples=num_samples)
-    shift, dims = round(lag / test.bin_width), None if dims is None else list(dims)
-
-    def score(name: str, recording: Recording) -> float:
-        parts: list[np.ndarray] = []
-        for recs in (train, test):
-            behavior = _behavior(recs[name], dims)
-            rates = mean_rates(fit, recs, name, num_samples, seed)
-            # Bin t of the rates goes with bin t + shift of the behaviour.
-            stop = max(rates.shape[1] - abs(shift), 0)
-            of_rates, of_behavior = (max(-shift, 0), max(shift, 0))
-            parts += [rates[:, of_rates : of_rates + stop], behavior[:, of_behavior : of_behavior + stop]]
-        return velocity_r2(*parts)
-
-    return _by_recording("decoding_r2", test, score)
-
-
-def mean_rates(fit: Fit, recs: Recordings, name: str, num_samples: int = 50, seed: int = 0) -> np.ndarray:
-    """Posterior mean rates of one recording, without keeping the draws.
-
-    Args:
-        fit: a fit that knows the recording.
-        recs: trials of it.
-        name: the recording.
-        num_samples: draws behind the mean.
-        seed: of the draws, as in :func:`pyro_metassm.posterior`.
-
-    Returns:
-        ``(trial, time, neuron)``, expected observation per bin; NaN in bins that a trial lacks.
-    """
-    recording = recs[name]
-    chunks = posterior_chunks(fit, recs, name, num_samples, seed)
-    rates = _mean_over_draws(fit, chunks, recording.values.shape, range(recording.num_trials), num_samples)
-    rates[np.arange(recording.num_bins) >= recording.lengths[:, None]] = np.nan
-    return rates
-
-
-def _mean_forecasts(fit, recs, name, trials, context, horizon, num_samples, seed) -> np.ndarray:
-    chunks = forecast_chunks(fit, recs, name, trials, context, horizon, num_samples, seed)
-    return _mean_over_draws(fit, chunks, (len(trials), horizon, recs[name].num_neurons), trials, num_samples)
-
-
-@machine.alone()
-def _mean_over_draws(
-    fit: Fit, chunks: Iterable[Chunk], shape: tuple[int, ...], trials: Iterable[int], num_samples: int
-) -> np.ndarray:
-    """Mean rates ``shape = (trial, time, neuron)`` of the given trials, summed chunk by chunk in float64."""
-    total = np.zeros(shape)
-    position = {trial: row for row, trial in enumerate(trials)}
-    for chunk in chunks:
-        mean = observation(fit.model, chunk.latents, chunk.batch).mean[:, 0]  # (draw, trial, time, neuron)
-        rows = [position[int(trial)] for trial in chunk.trials]
-        total[rows, : mean.shape[2]] += mean.double().sum(0).cpu().numpy()
-    return total / num_samples
-
-
-def _by_recording(score: str, recs: Recordings, of: Callable[[str, Recording], float]) -> xr.DataArray:
-    values = [_named(name, of, name, recording) for name, recording in recs.items()]
-    return xr.DataArray(values, {"recording": list(recs)}, ("recording",), score)
-
-
-def _varying(fit: Fit, name: str) -> np.ndarray:
-    """Neurons of which the variance explained is scored: all of one kind, else those that are no counts."""
-    counts = counted(fit.model, name)
-    return np.ones_like(counts) if counts.all() else ~counts
-
-
-def _spiking(fit: Fit, recs: Recordings) -> dict[str, np.ndarray]:
-    """Neurons that are scored in bits per spike: the counts by the model, all where it has none anywhere."""
-    counts = {name: counted(fit.model, name) for name in recs}
-    return counts if any(each.any() for each in counts.values()) else {n: ~each for n, each in counts.items()}
 
 
 def _bits(
@@ -328,36 +234,5 @@ def _bits(
 ) -> float:
     if not chosen.any():
         return float("nan")
-    null_rates = None if null is None else _null_rates(null[name])[chosen]
+    null_rates = None if null is None else constant_rates(null[name])[chosen]
     return bits_per_spike(rates[..., chosen], spikes[..., chosen], null_rates)
-
-
-def _named(name: str, function: Callable[..., float], *args: Any) -> float:
-    """The result, or the error with the recording's name."""
-    try:
-        return function(*args)
-    except ValueError as error:
-        if str(error).startswith("recording "):
-            raise
-        raise ValueError(f"recording {name!r}: {error}") from error
-
-
-def _null_rates(recording: Recording) -> np.ndarray:
-    """Mean count per bin of each neuron ``(neuron,)``, at least half a spike in all."""
-    bins = recording.mask.sum((0, 1))
-    return np.maximum(recording.values.sum((0, 1), dtype=np.float64), 0.5) / np.maximum(bins, 1)
-
-
-def _behavior(recording: Recording, dims: Sequence[int | str] | None) -> np.ndarray:
-    if recording.behavior is None:
-        raise ValueError("needed behaviour to decode, got none; make it with pm.Recording(..., behavior=...)")
-    names = [str(name) for name in recording.attrs.get("behavior_names", [])]
-    size = recording.behavior.shape[-1]
-    chosen: list[Any] = (
-        list(range(size)) if dims is None else [names.index(d) if d in names else d for d in dims]
-    )
-    if not chosen or not all(isinstance(d, int) and 0 <= d < size for d in chosen):
-        raise ValueError(
-            f"needed dims of the behaviour as positions below {size} or names of {names}, got {dims}"
-        )
-    return recording.behavior[..., chosen]

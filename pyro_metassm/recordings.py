@@ -196,6 +196,40 @@ class Recordings(Mapping[str, Recording]):
         )
         return first, second
 
+    def ends(self, share: float = 1 / 3) -> tuple[Recordings, Recordings]:
+        """The first and the last trials of every recording, as many of each, in their order.
+
+        Args:
+            share: Of the trials at each end, at most a half.
+
+        Returns:
+            `(first, last)`.
+
+        Raises:
+            ValueError: A share that is not within (0, 0.5], or a recording with too few trials for it.
+
+        Example:
+            >>> recs = Recordings([Recording(name, np.ones((9, 50, 3)), bin_width=0.02) for name in "ab"])
+            >>> first, last = recs.ends()
+            >>> first["a"].num_trials, last["a"].num_trials
+            (3, 3)
+        """
+        if not 0 < share <= 0.5:
+            raise ValueError(f"ends: needed a share within (0, 0.5], got {share}; use such as 1/3")
+        first, last = {}, {}
+        for name, recording in self.items():
+            trials = recording.num_trials
+            number = int(share * trials + 1e-9)
+            if number < 1:
+                raise checks.fail(
+                    name, f"a trial in {share:.3g} of them", f"{trials} trials", "drop it first"
+                )
+            first[name], last[name] = np.arange(number), np.arange(trials - number, trials)
+        one, other = (
+            self._with((self[name].take(part[name]) for name in self), trial=part) for part in (first, last)
+        )
+        return one, other
+
     def crop(self, start: int | None, stop: int | None) -> Recordings:
         """All recordings in a window of time bins; see `Recording.crop`.
 
@@ -210,15 +244,19 @@ class Recordings(Mapping[str, Recording]):
     def summary(self) -> xr.Dataset:
         """A table of the recordings, and a warning for each one with something that will hurt a fit.
 
-        Warned of, once a recording and in words: silent (constant or never observed) neurons, duplicated
-        neurons (correlation of their series above 0.999), drift of the mean over the session, fewer than 0.01
-        counts per bin, fewer than 10 trials.
+        Each finding is told in words, with its number and what to do, and nothing is removed: silent (constant or never
+        observed) and near-silent neurons (counts below 0.1 Hz), duplicated neurons (correlation of their series above
+        0.999), counts that coincide bin by bin (correlation above 0.8, of their changes too), drift of the mean over
+        the session or of many neurons, trials out of line with the others, bins too fine (fewer than 0.01 counts
+        each), fewer than 10 trials, fewer than 10 bins for each neuron.
 
         Returns:
             Dataset over `recording`: `num_trials`, `num_neurons`, `bins_min`, `bins_max`, `missing_fraction`,
-            `mean_per_bin`, `trials_per_neuron`, `silent_neurons`, `duplicated_neurons` (copies beyond the
-            first), `drift` (change of the mean activity from the first to the last trial of a straight line
-            through the trials, as a share of the mean).
+            `mean_per_bin`, `trials_per_neuron`, `bins_per_neuron`, `silent_neurons`, `rare_neurons`,
+            `duplicated_neurons` (copies beyond the first), `coinciding_neurons`, `drift` (change of the mean activity
+            from the first to the last trial of a straight line through the trials, as a share of the mean),
+            `drift_correlation` (of the activity's rank with the order), `drifting_neurons`, `odd_trials`, and
+            `findings`: a line for each.
 
         Example:
             >>> rng = np.random.default_rng(0)

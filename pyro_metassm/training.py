@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import math
+import sys
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -12,6 +14,7 @@ from tqdm.auto import tqdm
 from pyro_metassm import _checks as checks
 from pyro_metassm import _interrupts as interrupts
 from pyro_metassm import _machine as machine
+from pyro_metassm.announcing import Announcement
 from pyro_metassm.checkpoints import CheckpointError, Run
 from pyro_metassm.guides.base import AmortizedGuide
 from pyro_metassm.models.meta_ssm import MetaSSM
@@ -140,6 +143,9 @@ def fit(
             Run(checkpoint, told) as run,
             tqdm(total=num_steps, disable=not progress, desc="fit", dynamic_ncols=True) as bar,
         ):
+            sizes = (num_steps, trials_per_step, recordings_per_step)
+            say = partial(bar.write, file=sys.stderr)
+            tell = Announcement(say, recs, (model, guide), *sizes) if progress else None
             try:
                 if not run.resume(trainer) and warm_start:
                     trainer.warm_start(bar, stop)
@@ -148,6 +154,8 @@ def fit(
                 bar.update(trainer.step)
                 while trainer.step < num_steps and not stop.requested:
                     trainer.take_step()
+                    if tell is not None:
+                        tell.after_step(trainer.step)
                     last = trainer.step == num_steps
                     if validation is not None and (trainer.step % validation_every == 0 or last):
                         trainer.validate(validation)

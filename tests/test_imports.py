@@ -11,7 +11,7 @@ ROOT = Path(__file__).resolve().parents[1]
 # with a leading underscore are private parts of the modules of their layer.
 LAYERS: tuple[set[str], ...] = (
     {
-        "_attributes", "_batch", "_checks", "_interrupts", "_machine", "_recording", "_summary",
+        "_attributes", "_batch", "_checks", "_findings", "_interrupts", "_machine", "_recording", "_summary",
         "adaptations", "blocks", "capture", "describing", "dims", "distributions", "dynamics", "global_sites", "hooks",
         "io", "likelihoods", "native", "neurons", "observations", "products", "rebuilding", "recordings", "simulate",
         "sites", "specification", "transitions", "writing",
@@ -19,13 +19,14 @@ LAYERS: tuple[set[str], ...] = (
     {"models"},
     {"guides"},
     {
-        "adaptation", "checkpoints", "draws", "elbo", "few_shot", "for_arviz", "frames", "history", "joining",
+        "adaptation", "announcing", "checkpoints", "draws", "elbo", "few_shot", "for_arviz", "frames", "history", "joining",
         "keeping", "optimizers", "posterior", "read_outs", "result", "resuming", "rollouts", "saving", "trainer",
         "training", "trees", "warm_start", "windows",
     },
     {
-        "_calibration_plot", "_embedding_plot", "_flow_plots", "_scores", "analysis", "calibrating", "comparing",
-        "leaving_future_out", "metrics", "plots", "restarts",
+        "_by_recording", "_calibration_plot", "_decoding", "_draw_scores", "_embedding_plot", "_flow_plots",
+        "_forecast_scores", "_mean_rates", "_scored_neurons", "_scores", "analysis", "baselines", "calibrating",
+        "comparing", "drifting", "leaving_future_out", "metrics", "plots", "restarts", "suggesting",
     },
     {"__main__", "cli", "experiments"},
 )  # fmt: skip

@@ -5,11 +5,14 @@ import math
 
 import numpy as np
 import pytest
+import scipy.integrate
+import scipy.special
+import scipy.stats
 import torch
 import xarray as xr
 
 import pyro_metassm as pm
-from pyro_metassm import _scores, metrics
+from pyro_metassm import _draw_scores, _forecast_scores, _scored_neurons, _scores, metrics
 
 SIGMAS = 5
 FLOAT32 = 1e-5  # trees hold float32 (6e-8 each), scores add squares of numbers of order 1 in float64
@@ -219,12 +222,12 @@ def test_psth_r2_averages_over_neurons_and_ignores_what_is_missing():
 def test_smoothing_keeps_constants_and_spreads_a_spike_as_a_gaussian():
     impulse = np.zeros((1, 101, 1))
     impulse[0, 50] = 1.0
-    smooth = _scores._smooth(impulse, 3.0)[0, :, 0]
+    smooth = _scores.smooth(impulse, 3.0)[0, :, 0]
     gaussian = np.exp(-0.5 * ((np.arange(101) - 50) / 3.0) ** 2) / (3.0 * math.sqrt(2 * math.pi))
     np.testing.assert_allclose(smooth[35:66], gaussian[35:66], rtol=1e-6)  # where the edges are far away
     gap = np.ones((2, 30, 1))
     gap[0, 10:15] = np.nan
-    np.testing.assert_allclose(_scores._smooth(gap, 2.0), gap, rtol=1e-12)
+    np.testing.assert_allclose(_scores.smooth(gap, 2.0), gap, rtol=1e-12)
 
 
 @pytest.mark.parametrize(
@@ -234,6 +237,96 @@ def test_smoothing_keeps_constants_and_spreads_a_spike_as_a_gaussian():
 def test_psth_r2_refuses(rates, condition, message):
     with pytest.raises(ValueError, match=message):
         metrics.psth_r2(rates, np.ones((2, 4, 2)), condition, spikes_condition=[0, 1])
+
+
+def test_psth_r2_moves_jittered_trials_back():
+    """Test trials cut 1 bin early and 2 bins late score as the aligned ones, where all have the bins."""
+    rng = np.random.default_rng(0)
+    condition, long = np.repeat([0, 1], 3), rng.normal(size=(6, 14, 2))
+    jitter = np.array([1, -2, 0, 0, 1, -2])
+    cut = np.stack([trial[2 + by : 12 + by] for trial, by in zip(long, jitter, strict=True)])
+    spikes = rng.normal(size=(6, 10, 2))
+    spikes[:, [0, 8, 9]] = np.nan  # some trial does not have them once it is moved
+    aligned = metrics.psth_r2(long[:, 2:12], spikes, condition)
+    assert metrics.psth_r2(cut, spikes, condition, jitter=jitter) == pytest.approx(aligned, abs=1e-12)
+    assert metrics.psth_r2(cut, spikes, condition) != pytest.approx(aligned, abs=1e-3)
+    with pytest.raises(ValueError, match="jitter as integers"):
+        metrics.psth_r2(cut, spikes, condition, jitter=[0.5] * 6)
+
+
+def test_the_benchmarks_co_bps_is_that_of_scipy():
+    """(nll_null - nll_model) / spikes / ln 2, null = mean over the bins evaluated, by scipy's Poisson."""
+    rng = np.random.default_rng(1)
+    rates = rng.gamma(2.0, size=(6, 9, 4))
+    spikes = rng.poisson(rates).astype(float)
+    spikes[2, 5:] = np.nan
+    null = np.broadcast_to(np.nanmean(spikes, (0, 1)), spikes.shape)
+    nll = [-np.nansum(scipy.stats.poisson.logpmf(spikes, of)) for of in (null, rates)]
+    expected = (nll[0] - nll[1]) / np.nansum(spikes) / math.log(2)
+    assert metrics.bits_per_spike(rates, spikes) == pytest.approx(expected, rel=1e-12)
+
+
+def test_velocity_decoder_is_what_velocity_r2_scores():
+    rng = np.random.default_rng(0)
+    rates = rng.normal(size=(12, 11, 6))
+    velocity = rates[..., :2] + rng.normal(size=(12, 11, 2))
+    decoded = metrics.velocity_decoder(rates[:8], velocity[:8])(rates[8:])
+    assert decoded.shape == (4, 11, 2)
+    again = mean_r2(velocity[8:].reshape(-1, 2), decoded.reshape(-1, 2))
+    assert metrics.velocity_r2(rates[:8], velocity[:8], rates[8:], velocity[8:]) == pytest.approx(again)
+    with pytest.raises(ValueError, match="10 training samples, got 9"):
+        metrics.velocity_decoder(np.ones((9, 2)), np.ones((9, 2)))
+
+
+# ---- of draws -----------------------------------------------------------------------------------------------
+
+
+def crps_of_poisson(rate, y):
+    """Closed form (Wei and Held, 2014): (y - m)(2 F(y) - 1) + 2 m f(y) - m exp(-2m) (I0(2m) + I1(2m))."""
+    p = scipy.stats.poisson(rate)
+    bessel = scipy.special.ive(0, 2 * rate) + scipy.special.ive(1, 2 * rate)
+    return (y - rate) * (2 * p.cdf(y) - 1) + 2 * rate * p.pmf(y) - rate * bessel
+
+
+def test_crps_by_hand_and_is_fair_for_few_draws():
+    assert metrics.crps(np.array([0.0, 1.0, 5.0]), 2.0) == pytest.approx(2 - (1 + 5 + 4) / 6)
+    pairs = np.random.default_rng(0).normal(size=(7, 4))
+    direct = np.abs(pairs - 0.3).mean(0) - np.abs(pairs[:, None] - pairs).sum((0, 1)) / (2 * 7 * 6)
+    np.testing.assert_allclose(metrics.crps(pairs, np.full(4, 0.3)), direct, rtol=1e-12)
+    assert np.isnan(metrics.crps(pairs, np.array([0.0, np.nan, 0.0, 0.0]))).tolist() == [0, 1, 0, 0]
+    with pytest.raises(ValueError, match="two or more draws"):
+        metrics.crps(np.ones((1, 3)), np.ones(3))
+
+
+@pytest.mark.parametrize(("rate", "y"), [(0.3, 0), (0.3, 2), (4.0, 3)])
+def test_crps_of_poisson_draws_is_the_closed_form_whatever_their_number(rate, y):
+    draws = np.random.default_rng(0).poisson(rate, (3, 40_000))
+    scores = metrics.crps(draws, np.full(40_000, y))  # 40000 scores of 3 draws each: unbiased
+    error = SIGMAS * scores.std() / 200
+    assert scores.mean() == pytest.approx(crps_of_poisson(rate, y), abs=error)
+    sure = -scipy.integrate.quad(
+        lambda x: -((scipy.stats.poisson(rate).cdf(x) - (x >= y)) ** 2), 0, 30, limit=300
+    )[0]
+    assert crps_of_poisson(rate, y) == pytest.approx(sure, abs=1e-3)  # the formula itself
+
+
+def test_crps_of_normal_draws_is_the_closed_form():
+    scores = metrics.crps(np.random.default_rng(0).normal(size=(5, 30_000)), np.full(30_000, 0.7))
+    n = scipy.stats.norm
+    expected = 0.7 * (2 * n.cdf(0.7) - 1) + 2 * n.pdf(0.7) - 1 / math.sqrt(math.pi)
+    assert scores.mean() == pytest.approx(expected, abs=SIGMAS * scores.std() / math.sqrt(30_000))
+
+
+def test_rank_levels_are_uniform_for_counts_too():
+    """Of 19 draws and a truth of one Poisson, mostly zeros: every level is as likely, so p intervals cover p."""
+    rng = np.random.default_rng(0)
+    levels = metrics.rank_levels(rng.poisson(0.2, (19, 20_000)), rng.poisson(0.2, 20_000), rng)
+    assert levels.min() > 0 and levels.max() < 1
+    for p in (0.5, 0.9):
+        error = SIGMAS * math.sqrt(p * (1 - p) / 20_000)
+        assert (np.abs(levels - 0.5) <= p / 2).mean() == pytest.approx(p, abs=error)
+    assert scipy.stats.kstest(levels, "uniform").pvalue > 1e-4
+    assert np.isnan(metrics.rank_levels(np.ones((3, 1)), np.array([np.nan]), rng)).all()
 
 
 # ---- of fits ------------------------------------------------------------------------------------------------
@@ -329,7 +422,7 @@ def test_bits_per_spike_of_a_fit(fit, recs):
 
 def test_a_neuron_silent_in_training_counts_as_half_a_spike():
     silent = pm.Recording("a", np.stack([np.zeros((4, 10)), np.ones((4, 10))], -1), bin_width=0.02)
-    np.testing.assert_allclose(metrics._null_rates(silent), [0.5 / 40, 1.0])
+    np.testing.assert_allclose(_scored_neurons.constant_rates(silent), [0.5 / 40, 1.0])
 
 
 @pytest.mark.filterwarnings("ignore:recording .* trials end before context")
@@ -349,6 +442,100 @@ def test_fp_bps_is_that_of_the_mean_of_the_forecast_draws(fit, recs):
         metrics.fp_bps(fit, recs, context=20)
     with pytest.raises(ValueError, match="recording 'w=2': needed trials of at least context = 21"):
         metrics.fp_bps(fit, recs, context=21)
+
+
+@pytest.mark.filterwarnings("ignore:recording .* trials end before context")
+def test_forecast_scores_are_those_of_the_draws(fit, recs):
+    """Every number again from the tree of forecasts; bits per spike of all steps make fp_bps."""
+    options = {"context": CONTEXT, "horizon": HORIZON, "num_samples": SAMPLES, "seed": 3}
+    scores = metrics.forecast_scores(fit, recs, smoothing_sd=0.0, **options)
+    assert scores["crps"].dims == ("recording", "horizon_step")
+    assert scores["horizon_step"].values.tolist() == list(range(1, HORIZON + 1))
+    tree = pm.forecast(fit, recs, **options)
+    whole = metrics.fp_bps(fit, recs, context=CONTEXT, num_samples=SAMPLES, seed=3)
+    plain = metrics.forecast_r2(fit, recs, **options)
+    np.testing.assert_allclose(scores["r2"], plain, atol=FLOAT32)  # unsmoothed
+    for name in recs:
+        y = tree[name]["observed_data"]["observations"].values
+        here = scores.sel(recording=name)
+        spikes = np.nansum(y, (0, 2))
+        each = np.where(spikes > 0, here["bits_per_spike"][: len(spikes)], 0.0)
+        assert (each * spikes).sum() / spikes.sum() == pytest.approx(
+            float(whole.sel(recording=name)), abs=FLOAT32
+        )
+        assert np.isnan(here["crps"][12:]).all() and np.isnan(here["coverage"][12:]).all()
+        assert (here["crps"][:12] > 0).all() and here["coverage"][:12].min() >= 0
+
+
+def test_forecasts_from_the_truth_are_scored_as_their_distribution(monkeypatch, fit, recs):
+    """Draws from the distribution of the data: CRPS and coverage of a Poisson, bits by the closed form."""
+    rate, options = 0.7, {"context": CONTEXT, "horizon": 12, "num_samples": 20}
+    rng = np.random.default_rng(0)
+    full = pm.Recordings(
+        [pm.Recording("w=2", rng.poisson(rate, (300, 20, recs["w=2"].num_neurons)), bin_width=0.02)]
+    )
+
+    def draws(fit, recs, name, trials, context, horizon, num_samples, seed):
+        shape = (len(trials), horizon, recs[name].num_neurons)
+        yield list(range(len(trials))), np.full(shape, rate), rng.poisson(rate, (num_samples, *shape))
+
+    monkeypatch.setattr(_forecast_scores, "_forecasts", draws)
+    scores = metrics.forecast_scores(fit, full, **options)
+    size = 300 * 12 * full["w=2"].num_neurons
+    expected = sum(scipy.stats.poisson(rate).pmf(y) * crps_of_poisson(rate, y) for y in range(20))
+    assert float(scores["crps"].mean()) == pytest.approx(expected, abs=SIGMAS * 0.6 / math.sqrt(size))
+    for level, covered in zip(
+        (0.5, 0.9), scores["coverage"].mean(("recording", "horizon_step")).values, strict=True
+    ):
+        assert covered == pytest.approx(level, abs=SIGMAS * math.sqrt(level * (1 - level) / size))
+    assert abs(scores["r2"]).max() < 0.05 and abs(scores["bits_per_spike"]).max() < 0.01  # nothing to know
+    told = metrics.forecast_scores(fit, full, null=full, **options)
+    np.testing.assert_allclose(told["bits_per_spike"], scores["bits_per_spike"], atol=0.01)
+
+
+def test_smoothing_of_forecast_scores_stays_within_the_forecast(fit, recs):
+    """What was observed before the context enters no score but through the forecast itself."""
+    options = {"context": CONTEXT, "horizon": 5, "num_samples": SAMPLES}
+    long = pm.Recordings([r.take(np.flatnonzero(r.lengths == 20)) for r in recs.values()])
+    score = metrics.forecast_scores(fit, long, smoothing_sd=0.04, **options)
+    tree = pm.forecast(fit, long, **options)
+    for name in long:
+        rates = tree[name]["predictions"]["rates"].astype(np.float64).mean(("chain", "draw")).values
+        y = long[name].observations[:, CONTEXT : CONTEXT + 5].astype(np.float64)
+        smoothed = [_scores.smooth(values, 2.0)[:, 2] for values in (y, np.where(np.isnan(y), np.nan, rates))]
+        again = metrics.r2(*smoothed)
+        assert float(score["r2"].sel(recording=name, horizon_step=3)) == pytest.approx(again, abs=FLOAT32)
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"smoothing_sd": -1.0}, {"levels": ()}, {"levels": (90,)}, {"num_samples": 1}]
+)
+def test_forecast_scores_refuses(fit, recs, wrong):
+    with pytest.raises(ValueError, match=next(iter(wrong))):
+        metrics.forecast_scores(fit, recs, context=CONTEXT, horizon=2, **wrong)
+
+
+def test_forecast_decoding_reads_forecasts_with_the_decoder_of_reconstructions(fit, recs):
+    """The same R2 from the parts: decoder of the training reconstructions, on both, by step and together."""
+    long = pm.Recordings([r.take(np.flatnonzero(r.lengths == 20)) for r in recs.values()])
+    options = {"context": CONTEXT, "horizon": 6, "num_samples": SAMPLES}
+    scores = metrics.forecast_decoding_r2(fit, recs, long, lag=0.02, **options)
+    assert scores["forecast"].dims == ("recording",) and scores["forecast_by_step"].shape == (2, 6)
+    tree = pm.forecast(fit, long, **options)
+    for name in long:
+        learned = metrics.mean_rates(fit, recs, name, SAMPLES)
+        decode = metrics.velocity_decoder(learned[:, :-1], recs[name].behavior[:, 1:])
+        ahead = tree[name]["predictions"]["rates"].astype(np.float64).mean(("chain", "draw")).values
+        y = long[name].behavior[:, CONTEXT + 1 : CONTEXT + 7]
+        reconstructed = metrics.mean_rates(fit, long, name, SAMPLES)[:, CONTEXT : CONTEXT + 6]
+        for way, rates in (("forecast", ahead), ("reconstruction", reconstructed)):
+            decoded = decode(rates)
+            again = mean_r2(y.reshape(-1, 2), decoded.reshape(-1, 2))
+            assert float(scores[way].sel(recording=name)) == pytest.approx(again, abs=1e-4)
+            step = float(scores[f"{way}_by_step"].sel(recording=name, horizon_step=4))
+            assert step == pytest.approx(mean_r2(y[:, 3], decoded[:, 3]), abs=1e-4)
+    with pytest.raises(ValueError, match="recording 'w=2': needed dims of the behaviour"):
+        metrics.forecast_decoding_r2(fit, recs, long, dims=["speed"], **options)
 
 
 def test_decoding_r2_finds_behaviour_that_follows_the_rates(fit, recs):
@@ -399,7 +586,7 @@ def test_rates_of_a_gaussian_fit_have_no_bits():
         metrics.rate_bps(fit, whole, num_samples=2)
 
 
-@pytest.mark.parametrize("module", [metrics, _scores])
+@pytest.mark.parametrize("module", [metrics, _scores, _draw_scores, _forecast_scores])
 def test_examples(module):
     result = doctest.testmod(module, extraglobs={"np": np})
     assert result.failed == 0 and result.attempted > 0

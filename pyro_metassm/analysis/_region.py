@@ -8,6 +8,7 @@ import numpy as np
 import torch
 
 from pyro_metassm import _checks as checks
+from pyro_metassm import _machine as machine
 from pyro_metassm.analysis._maps import Place, Source, to_numpy
 from pyro_metassm.draws import posterior_chunks, seeded
 from pyro_metassm.recordings import Recordings
@@ -122,6 +123,7 @@ def mean_latents(fit: Fit, recs: Recordings, name: str, seed: int = 0) -> np.nda
     return np.concatenate(trial_latents(fit, recs, name, seed))
 
 
+@machine.alone()
 def trial_latents(fit: Fit, recs: Recordings, name: str, seed: int = 0) -> list[np.ndarray]:
     """Posterior mean latents of up to 64 trials, each ``(bins of the trial, latent_dim)``."""
     some = recs.select([name])

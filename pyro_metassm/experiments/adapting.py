@@ -7,21 +7,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from pyro_metassm import _checks as checks
-from pyro_metassm import _machine as machine
-from pyro_metassm import io, metrics
+from pyro_metassm import baselines, io, metrics
 from pyro_metassm.adaptation import adapt
 from pyro_metassm.experiments import adapting_report, files, report
 from pyro_metassm.neurons import NeuronTable
 from pyro_metassm.observations import counted
 from pyro_metassm.posterior import forecast, posterior
-from pyro_metassm.rebuilding import construct, for_recordings
+from pyro_metassm.rebuilding import for_recordings
 from pyro_metassm.recordings import Recording, Recordings
 from pyro_metassm.result import Fit
-from pyro_metassm.trainer import NonFiniteLossError
-from pyro_metassm.training import fit
 
 MOST = 128  # test trials of a recording, where their number is not asked for
 START = 500  # steps of the warm start of a model from scratch
@@ -152,24 +148,9 @@ def numbers_of_trials(most: int) -> list[int]:
 
 def from_scratch(known: Fit, few: Recordings, *, num_steps: int, seed: int, progress: bool) -> Fit:
     """A model and a guide of the classes and sizes of a fit, with rank 0, from one recording's trials alone."""
-    config = known.model.config
-    with machine.random_forked():
-        torch.manual_seed(seed)
-        model = construct(type(known.model), config | ({"rank": 0} if "rank" in config else {}), few)
-        guide = construct(type(known.guide), known.guide.config, model)
-    options: dict[str, Any] = {
-        "num_steps": num_steps,
-        "warm_start_steps": START,
-        "seed": seed,
-        "progress": progress,
-    }
-    try:
-        alone = fit(model, guide, few, device=known.device, **options)
-    except NonFiniteLossError as error:  # as little data as this may do it
-        return error.fit
-    if "interrupted_at" in alone.attrs:
-        raise KeyboardInterrupt
-    return alone
+    steps: dict[str, Any] = {"num_steps": num_steps, "warm_start_steps": START, "seed": seed}
+    (name,) = few.names
+    return baselines.single_recording(known, few, progress=progress, **steps)[name]
 
 
 # ---- parts -----------------------------------------------------------------------------------------------

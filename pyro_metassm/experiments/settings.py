@@ -51,22 +51,27 @@ class Settings:
         return json.loads(json.dumps({"kind": type(self.family).__name__, **asdict(self)}))
 
     def claim(self, out: Path) -> None:
-        """Write the settings into the folder of a new study, or see that those there are the same.
+        """Write the settings into the folder of a new study, or see that those there are the same."""
+        claim(out, self.as_json())
 
-        Raises:
-            ValueError: a folder with a study of other settings.
-        """
-        path, mine = report.folder(out) / "settings.json", self.as_json()
-        if not path.is_file():
-            path.write_text(json.dumps(mine, indent=2) + "\n", encoding="utf-8")
-            return
-        try:
-            theirs: Any = json.loads(path.read_text(encoding="utf-8"))
-        except (ValueError, RecursionError) as error:
-            raise ValueError(f"{path}: needed the settings of a study, got what is no JSON") from error
-        if theirs != mine:
-            there = theirs if isinstance(theirs, dict) else {}
-            differing = ", ".join(sorted(key for key in mine if there.get(key) != mine[key]))
-            raise ValueError(
-                f"{out} holds a study of other settings ({differing}); choose another --out, or remove it"
-            )
+
+def claim(out: Path, mine: dict) -> None:
+    """Write what decides the numbers of a study into its folder, or see that what is there is the same.
+
+    Raises:
+        ValueError: a folder with a study of other settings.
+    """
+    path = report.folder(out) / "settings.json"
+    if not path.is_file():
+        path.write_text(json.dumps(mine, indent=2) + "\n", encoding="utf-8")
+        return
+    try:
+        theirs: Any = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: needed the settings of a study, got what is no JSON") from error
+    if theirs != mine:
+        there = theirs if isinstance(theirs, dict) else {}
+        differing = ", ".join(sorted(key for key in mine if there.get(key) != mine[key]))
+        raise ValueError(
+            f"{out} holds a study of other settings ({differing}); choose another --out, or remove it"
+        )

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import multiprocessing
-import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -22,7 +21,7 @@ import torch
 
 from pyro_metassm import _checks as checks
 from pyro_metassm import saving
-from pyro_metassm.experiments import controls, methods, scores
+from pyro_metassm.experiments import controls, methods, report, scores
 from pyro_metassm.experiments.methods import Method
 from pyro_metassm.experiments.settings import Settings
 from pyro_metassm.experiments.systems import Family, few_trials, renamed, tag
@@ -159,9 +158,7 @@ def make(piece: Piece, num_threads: int | None = None) -> float:
         training.cache_clear()  # large, and no longer needed
     rows = {"fit": _train, "adapted": _adapt, "control": _control}[piece.kind](piece, num_threads)
     seconds = time.perf_counter() - begin
-    part = piece.path.with_suffix(f".part{os.getpid()}")
-    part.write_text(json.dumps({"seconds": seconds, "rows": rows}), encoding="utf-8")
-    os.replace(part, piece.path)
+    report.write_json({"seconds": seconds, "rows": rows}, piece.path)
     return seconds
 
 

@@ -1,0 +1,328 @@
+"""Does pooling pay? Recordings fitted together and each alone, and unseen ones adapted to; piece by piece, in a folder.
+
+Every piece is a JSON file that is either there and complete or not there: what was stopped goes on from there.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from pyro_metassm import _machine as machine
+from pyro_metassm import baselines, likelihoods, metrics, saving
+from pyro_metassm._scores import mean_r2, ratio, spike_information, velocity_decoder
+from pyro_metassm.adaptation import adapt
+from pyro_metassm.draws import forecast_trials
+from pyro_metassm.experiments import report
+from pyro_metassm.guides import DKF
+from pyro_metassm.models import MetaSSM
+from pyro_metassm.recordings import Recording, Recordings
+from pyro_metassm.result import Fit
+from pyro_metassm.training import fit as train_fit
+
+Say = Callable[[str], None]
+BOOTSTRAPS = 200
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Which recordings are pooled, and which are unseen until they are adapted to."""
+
+    name: str
+    pooled: tuple[str, ...]
+    held_out: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What decides the numbers besides the data; the defaults were chosen on validation trials of reaches.
+
+    Attributes:
+        latent_dim, embedding_dim, rank, hidden_dim: of the model.
+        num_steps, warm_start_steps, trials_per_step, learning_rate: of fits, pooled and alone.
+        adapt_steps, adapt_learning_rate, num_starts, search_steps: of adaptations. With the few counts of real trials
+            the read-outs need ten times the usual steps and a higher rate.
+        shots: numbers of trials to adapt with.
+        context, horizon: of forecasts, bins.
+        held_out_neurons: share of the neurons of every recording that the guide does not see.
+        test_fraction: share of the trials of every recording that scores are of.
+        validate: score a quarter of the training trials, left out of them, in place of the test trials: for choices.
+        num_samples: draws behind means.
+    """
+
+    latent_dim: int = 8
+    embedding_dim: int = 2
+    rank: int = 1
+    hidden_dim: int = 64
+    num_steps: int = 1000
+    warm_start_steps: int = 500
+    trials_per_step: int = 32
+    learning_rate: float = 5e-3
+    adapt_steps: int = 500
+    adapt_learning_rate: float = 1e-2
+    num_starts: int = 256
+    search_steps: int = 150
+    shots: tuple[int, ...] = (8, 16, 32, 64)
+    context: int = 2
+    horizon: int = 6
+    held_out_neurons: float = 0.25
+    test_fraction: float = 0.25
+    validate: bool = False
+    num_samples: int = 25
+
+
+def run(
+    recs: Recordings,
+    plans: Sequence[Plan],
+    setting: Setting,
+    seeds: Sequence[int],
+    out: Path,
+    say: Say = print,
+) -> list[dict]:
+    """Do what is not yet done, and read all of it.
+
+    Args:
+        recs: the recordings of all plans, with held-out neurons.
+        plans, setting, seeds: what to do; a seed is of the fits and of the trials drawn to adapt with. The test trials
+            are the same for all.
+        out: folder; ``pieces/PLAN-seedN/`` holds the pieces, and the pooled fit beside the adapted ones.
+        say: is told of every finished piece.
+
+    Returns:
+        rows: ``plan``, ``seed``, ``piece`` ("pooled", "single", "adapted", "scratch", "baselines"), ``trials`` (that
+        were adapted with), ``recording``, ``method`` and what :func:`score` gives.
+    """
+    train, test = recs.split(setting.test_fraction, seed=0)
+    if setting.validate:
+        train, test = train.split(setting.test_fraction, seed=1)
+    rows: list[dict] = []
+    for plan in plans:
+        for seed in seeds:
+            folder = report.folder(out / "pieces" / f"{plan.name}-seed{seed}")
+            for label, make in _pieces(plan, train, test, setting, seed, folder).items():
+                path = folder / f"{label}.json"
+                if not path.is_file():
+                    begin = time.perf_counter()
+                    made = make()
+                    seconds = time.perf_counter() - begin
+                    report.write_json({"seconds": seconds, "rows": made}, path)
+                    say(f"{seconds:7.1f} s  {plan.name}, seed {seed}: {label}")
+                kept = json.loads(path.read_text(encoding="utf-8"))
+                rows += [{"plan": plan.name, "seed": seed, **row} for row in kept["rows"]]
+    return rows
+
+
+def pooled_fit(out: Path, plan: Plan, seed: int) -> Fit:
+    """The fit of the pooled recordings."""
+    return saving.load(out / "pieces" / f"{plan.name}-seed{seed}" / "pooled")
+
+
+def adapted_fit(out: Path, plan: Plan, seed: int, shots: int) -> Fit:
+    """The fit that knows the held-out recordings too."""
+    return saving.load(out / "pieces" / f"{plan.name}-seed{seed}" / f"adapted-{shots}")
+
+
+def fit_of(recs: Recordings, setting: Setting, seed: int) -> Fit:
+    """A model of recordings together (with shared dynamics where there is one)."""
+    with machine.random_forked():
+        torch.manual_seed(seed)
+        rank = setting.rank if len(recs) > 1 else 0
+        model = MetaSSM(
+            recs,
+            latent_dim=setting.latent_dim,
+            embedding_dim=setting.embedding_dim,
+            rank=rank,
+            hidden_dim=setting.hidden_dim,
+            likelihood=likelihoods.Poisson,
+        )
+        guide = DKF(model)
+    return train_fit(
+        model,
+        guide,
+        recs,
+        num_steps=setting.num_steps,
+        warm_start_steps=setting.warm_start_steps,
+        trials_per_step=setting.trials_per_step,
+        learning_rate=setting.learning_rate,
+        seed=seed,
+        progress=False,
+    )
+
+
+def _pieces(
+    plan: Plan, train: Recordings, test: Recordings, setting: Setting, seed: int, folder: Path
+) -> dict[str, Callable[[], list[dict]]]:
+    """What is to be made, by the names of the files, in order."""
+
+    def pooled() -> list[dict]:
+        fit = fit_of(train.select(plan.pooled), setting, seed)
+        fit.save(folder / "pooled")
+        return _rows(fit, train, test, plan.pooled, setting, {"piece": "pooled", "method": "pooled"})
+
+    def single(name: str) -> Callable[[], list[dict]]:
+        def make() -> list[dict]:
+            fit = fit_of(train.select([name]), setting, seed)
+            return _rows(fit, train, test, [name], setting, {"piece": "single", "method": "single recording"})
+
+        return make
+
+    def simple() -> list[dict]:
+        return [
+            {
+                "piece": "baselines",
+                "method": method,
+                "trials": train[name].num_trials,
+                "recording": name,
+                **row,
+            }
+            for name in (*plan.pooled, *plan.held_out)
+            for method, row in simple_scores(train[name], test[name], setting).items()
+        ]
+
+    def adapted(shots: int) -> Callable[[], list[dict]]:
+        def make() -> list[dict]:
+            few = train.select(plan.held_out).take_trials(shots, seed=seed)
+            known = saving.load(folder / "pooled")
+            fit = adapt(
+                known,
+                few,
+                num_steps=setting.adapt_steps,
+                learning_rate=setting.adapt_learning_rate,
+                num_starts=setting.num_starts,
+                search_steps=setting.search_steps,
+                seed=seed,
+                progress=False,
+            )
+            fit.save(folder / f"adapted-{shots}")
+            what = {"piece": "adapted", "method": "adapted"}
+            return _rows(fit, few, test, plan.held_out, setting, what)
+
+        return make
+
+    def scratch(shots: int) -> Callable[[], list[dict]]:
+        def make() -> list[dict]:
+            few = train.select(plan.held_out).take_trials(shots, seed=seed)
+            rows = []
+            for name in plan.held_out:
+                fit = fit_of(few.select([name]), setting, seed)
+                rows += _rows(fit, few, test, [name], setting, {"piece": "scratch", "method": "from scratch"})
+            return rows
+
+        return make
+
+    made: dict[str, Callable[[], list[dict]]] = {"baselines": simple, "pooled": pooled}
+    made |= {f"single-{n}": single(name) for n, name in enumerate(plan.pooled)}
+    for shots in setting.shots:
+        made |= {f"adapted-{shots}": adapted(shots), f"scratch-{shots}": scratch(shots)}
+    return made
+
+
+def _rows(fit, train, test, names, setting: Setting, what: Mapping[str, Any]) -> list[dict]:
+    rows = []
+    for name in names:
+        trials = forecast_trials(test, name, setting.context + 1)
+        ahead = metrics.mean_forecasts(
+            fit, test, name, trials, setting.context, setting.horizon, setting.num_samples, 0
+        )
+        rates = [metrics.mean_rates(fit, recs, name, setting.num_samples) for recs in (train, test)]
+        rows.append(
+            {
+                **what,
+                "trials": train[name].num_trials,
+                "recording": name,
+                **score(rates[0], rates[1], ahead, train[name], test[name], setting),
+            }
+        )
+        row = fit.names.index(name)
+        rows[-1]["embedding"] = fit.statistics[row, : fit.model.embedding_dim].tolist()
+    return rows
+
+
+def simple_scores(train: Recording, test: Recording, setting: Setting) -> dict[str, dict]:
+    """The scores of the simple predictions, by method."""
+    late = test.take(np.flatnonzero(test.lengths > setting.context))
+    window = slice(setting.context, setting.context + setting.horizon)
+    found: dict[str, tuple[Any, Any, Any]] = {}
+    for label, predict in (("mean rate", baselines.mean_rate), ("psth", baselines.psth)):
+        found[label] = (predict(train, train), predict(train, test), predict(train, late)[:, window])
+    found["smoothing"] = (baselines.smoothing(train, train), baselines.smoothing(train, test), None)
+    lasting = baselines.persistence(train, late, context=setting.context, horizon=setting.horizon)
+    found["persistence"] = (None, None, lasting)
+    return {label: score(*rates, train, test, setting) for label, rates in found.items()}
+
+
+def score(
+    learned: np.ndarray | None,
+    predicted: np.ndarray | None,
+    ahead: np.ndarray | None,
+    train: Recording,
+    test: Recording,
+    setting: Setting,
+) -> dict[str, Any]:
+    """Scores of one method's rates of a recording, with what their standard errors over trials are made from.
+
+    Args:
+        learned, predicted: rates of the training and of the test trials ``(trial, time, neuron)``; None: has none.
+        ahead: forecasts of the test trials longer than the context ``(trial, horizon, neuron)``; None: has none.
+        train, test: the trials.
+        setting: context and horizon.
+
+    Returns:
+        ``co`` and ``fp``, each ``[gains, spikes]`` of every trial (nats over the mean rate in the bins scored, and
+        counts), ``velocity`` and ``forecast_velocity``, each ``[r2, standard error over trials]``: what is not defined
+        is left out. The decoder is learned from ``learned``.
+    """
+    window = slice(setting.context, setting.context + setting.horizon)
+    rows = np.flatnonzero(test.lengths > setting.context)
+    held_out, future = test.held_out_neurons, test.observations[rows, window]
+    found: dict[str, Any] = {}
+    if predicted is not None and held_out.any():
+        found["co"] = _gains(predicted[..., held_out], test.observations[..., held_out])
+    if ahead is not None and len(rows):
+        ahead = ahead[:, : future.shape[1]]
+        found["fp"] = _gains(ahead, future)
+    if learned is None or predicted is None or train.behavior is None or test.behavior is None:
+        return found
+    decode = velocity_decoder(learned, train.behavior[..., :2])
+    velocity = test.behavior[..., :2]
+    found["velocity"] = _r2(velocity, decode(predicted))
+    if ahead is not None and len(rows):
+        found["forecast_velocity"] = _r2(velocity[rows, window], decode(ahead))
+    return found
+
+
+def bits(
+    pair: Sequence[Sequence[float]], minus: Sequence[Sequence[float]] | None = None
+) -> tuple[float, float]:
+    """Bits per spike of ``[gains, spikes]`` and their standard error over trials; of a difference, trial by trial."""
+    gains, spikes = (np.array(values) for values in pair)
+    gains = gains if minus is None else gains - np.array(minus[0])
+    value, error = ratio(gains, spikes)
+    return value / math.log(2), error / math.log(2)
+
+
+def _gains(rates: np.ndarray, spikes: np.ndarray) -> list[list[float]]:
+    rates = np.where(np.isnan(spikes), np.nan, rates)
+    return [spike_information(rates, spikes).tolist(), np.nansum(spikes, (1, 2)).tolist()]
+
+
+def _r2(truth: np.ndarray, decoded: np.ndarray) -> list[float]:
+    """R2 averaged over dims, and the standard error from resampled trials."""
+    known = ~(np.isnan(truth).any(-1) | np.isnan(decoded).any(-1))
+    rows = [np.flatnonzero(trial) for trial in known]
+
+    def of(trials: np.ndarray) -> float:
+        y, x = (np.concatenate([values[k, rows[k]] for k in trials]) for values in (truth, decoded))
+        return mean_r2(y, x)
+
+    rng = np.random.default_rng(0)
+    drawn = [of(rng.integers(len(rows), size=len(rows))) for _ in range(BOOTSTRAPS)]
+    return [of(np.arange(len(rows))), float(np.nanstd(drawn, ddof=1))]

@@ -1,0 +1,269 @@
+"""What an experiment of real recordings found: tables by recording, verdicts, pictures, a page."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from pyro_metassm._embedding_plot import PALETTE
+from pyro_metassm.experiments import page, report, tables
+from pyro_metassm.experiments.pooling import bits
+from pyro_metassm.recordings import Recordings
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+NAMES = {
+    "co": "co_bps",
+    "fp": "fp_bps",
+    "velocity": "velocity_r2",
+    "forecast_velocity": "forecast_velocity_r2",
+}
+ENOUGH = 16  # trials from which adaptation is to beat training from scratch
+Row = dict[str, Any]
+
+
+def scores(rows: Iterable[Row]) -> list[Row]:
+    """Every score with its standard error over trials, a row for each plan, seed, method and recording."""
+    found = []
+    for row in rows:
+        of = {key: row[key] for key in ("plan", "seed", "recording", "method", "trials")}
+        for key, name in NAMES.items():
+            value, error = np.nan, np.nan
+            if key in row:
+                value, error = bits(row[key]) if key in ("co", "fp") else row[key]
+            of |= {name: value, f"{name}_se": error}
+        found.append(of)
+    return found
+
+
+def differences(
+    rows: Sequence[Row], first: str, second: str, by: Sequence[str] = ("recording",)
+) -> list[Row]:
+    """Two methods and their difference in bits per spike by recording, seeds (and plans) averaged trial by trial.
+
+    Returns:
+        for each group of ``by``: both scores, ``difference`` and ``se`` (over trials, paired) of co-smoothing and of
+        forecasts (``fp_``), ``seeds_sd`` of the co-smoothing difference (0 of one seed).
+    """
+    groups: dict[tuple, dict[str, list[Row]]] = {}
+    for row in rows:
+        if row["method"] in (first, second):
+            of = groups.setdefault(tuple(row[key] for key in by), {first: [], second: []})
+            of[row["method"]].append(row)
+    found = []
+    for key, of in groups.items():
+        if not of[first] or not of[second]:
+            continue
+        result: Row = dict(zip(by, key, strict=True))
+        for score, prefix in (("co", ""), ("fp", "fp_")):
+            a, b = (_mean([row[score] for row in of[method]]) for method in (first, second))
+            difference, error = bits(a, minus=b)
+            result |= {f"{prefix}{first}": bits(a)[0], f"{prefix}{second}": bits(b)[0]}
+            result |= {f"{prefix}difference": difference, f"{prefix}se": error}
+        each = [
+            bits(one["co"], minus=other["co"])[0]
+            for one in of[first]
+            for other in of[second]
+            if (one["seed"], one["plan"]) == (other["seed"], other["plan"])
+        ]
+        found.append(result | {"seeds_sd": float(np.std(each, ddof=1)) if len(each) > 1 else 0.0})
+    return found
+
+
+def _mean(pairs: Sequence[Sequence[Sequence[float]]]) -> list[list[float]]:
+    """Gains of seeds averaged trial by trial; the spikes are the same."""
+    return [np.mean([pair[0] for pair in pairs], 0).tolist(), list(pairs[0][1])]
+
+
+def verdicts(pooled: Sequence[Row], adapted: Sequence[Row]) -> list[str]:
+    """Whether pooling paid, in words with the numbers; and where it did not."""
+    lines = []
+    if pooled:
+        mean = float(np.mean([row["difference"] for row in pooled]))
+        error = float(np.sqrt(np.sum([row["se"] ** 2 for row in pooled])) / len(pooled))
+        lines.append(
+            f"Co-smoothing of held-out trials, pooled minus single, mean over {len(pooled)} recordings: "
+            f"{mean:+.4f} ± {error:.4f} bits per spike."
+        )
+        lines += [_against(row, "pooling does not help") for row in pooled if row["difference"] < 0]
+    enough = [row for row in adapted if row["trials"] == ENOUGH]
+    if enough:
+        won = [row for row in enough if row["difference"] > 0]
+        lines.append(
+            f"Adapted with {ENOUGH} trials against {ENOUGH} trials from scratch: better in {len(won)} of "
+            f"{len(enough)} held-out recordings."
+        )
+        lines += [_against(row, "adapting does not help") for row in enough if row["difference"] <= 0]
+    return lines
+
+
+def _against(row: Row, what: str) -> str:
+    sure = "" if abs(row["difference"]) > 2 * row["se"] else ", within two standard errors"
+    return f"{row['recording']}: {what} ({row['difference']:+.4f} ± {row['se']:.4f} bits per spike{sure})."
+
+
+def write(
+    out: Path,
+    title: str,
+    rows: Sequence[Row],
+    recs: Recordings,
+    settings: Mapping[str, Any],
+    notes: Sequence[str],
+    captions: Mapping[str, str],
+) -> dict:
+    """Write ``scores.csv``, ``pooling.csv``, ``adaptation.csv``, pictures of scores, ``index.html``, ``metrics.json``.
+
+    Args:
+        out: the folder.
+        title: of the page.
+        rows: of :func:`pyro_metassm.experiments.pooling.run`.
+        recs: the recordings.
+        settings: what decided the numbers.
+        notes: what a reader must know of the data.
+        captions: of more pictures in the folder, by name.
+
+    Returns:
+        what ``metrics.json`` holds.
+    """
+    found = scores(rows)
+    fits = [row for row in rows if row["piece"] in ("pooled", "single")]
+    pooled = differences(fits, "pooled", "single recording")
+    adapted = differences(
+        [row for row in rows if row["piece"] in ("adapted", "scratch")],
+        "adapted",
+        "from scratch",
+        ("recording", "trials"),
+    )
+    written = {"scores.csv": found, "pooling.csv": pooled, "adaptation.csv": adapted}
+    written = {name: of for name, of in written.items() if of}
+    for name, of in written.items():
+        tables.write(out / name, of)
+    shown = {"scores.png": "Held-out trials by recording, with standard errors over trials"}
+    report.save_figure(bars(found), out / "scores.png")
+    if adapted:
+        shown["adaptation.png"] = (
+            "Held-out recordings: adapted, and from scratch, against the number of trials"
+        )
+        report.save_figure(curves(adapted, found), out / "adaptation.png")
+    lines = verdicts(pooled, adapted)
+    data = [
+        {
+            "recording": name,
+            "subject": r.attrs.get("subject", ""),
+            "trials": r.num_trials,
+            "neurons": r.num_neurons,
+            "of": r.attrs.get("neurons_in_file", r.num_neurons),
+            "held out": int(r.held_out_neurons.sum()),
+            "bin (ms)": 1000 * r.attrs.get("true_bin_width", r.bin_width),
+        }
+        for name, r in recs.items()
+    ]
+    parts = [
+        page.heading("Does pooling pay?"),
+        *(page.paragraph(line) for line in lines),
+        page.heading("Data"),
+        page.table(data),
+        *(page.paragraph(note) for note in notes),
+        page.heading("Pooled and single, bits per spike"),
+        page.table(pooled),
+        page.heading("Adapted and from scratch, bits per spike"),
+        page.table(adapted),
+        *(page.figure(name, caption) for name, caption in (shown | dict(captions)).items()),
+        page.heading("All scores"),
+        page.table(means(found)),
+        page.links([*written, "metrics.json"]),
+    ]
+    page.write(out / "index.html", title, parts)
+    numbers = {
+        "verdicts": lines,
+        "pooling": pooled,
+        "adaptation": adapted,
+        "data": data,
+        "settings": dict(settings),
+    }
+    return report.write_metrics(tables.plain(numbers), out)
+
+
+def means(found: Sequence[Row]) -> list[Row]:
+    """Scores by recording, method and trials, averaged over seeds and plans."""
+    groups: dict[tuple, list[Row]] = {}
+    for row in found:
+        groups.setdefault((row["recording"], row["method"], row["trials"]), []).append(row)
+    return [
+        dict(zip(("recording", "method", "trials"), key, strict=True))
+        | {name: _or_none(np.mean([row[name] for row in of])) for name in NAMES.values()}
+        for key, of in groups.items()
+    ]
+
+
+def _or_none(value: Any) -> float | None:
+    return float(value) if np.isfinite(value) else None
+
+
+def bars(found: Sequence[Row]) -> Figure:
+    """A panel for each score: recordings, a bar for each method (adaptations: the most trials)."""
+    import matplotlib.pyplot as plt
+
+    used = [name for name in NAMES.values() if any(np.isfinite(row[name]) for row in found)]
+    methods = list(dict.fromkeys(row["method"] for row in found))
+    names = list(dict.fromkeys(row["recording"] for row in found))
+    height = 1.2 + 0.13 * len(names) * len(methods)
+    figure, axes = plt.subplots(
+        1, len(used), figsize=(4 * len(used), height), squeeze=False, layout="constrained"
+    )
+    for ax, score in zip(axes[0], used, strict=True):
+        for m, method in enumerate(methods):
+            for n, name in enumerate(names):
+                of = [r for r in found if (r["method"], r["recording"]) == (method, name)]
+                most = max((r["trials"] for r in of), default=0)
+                of = [r for r in of if r["trials"] == most and np.isfinite(r[score])]
+                if of:
+                    value, error = (float(np.mean([r[k] for r in of])) for k in (score, f"{score}_se"))
+                    at = n + (m - (len(methods) - 1) / 2) * 0.8 / len(methods)
+                    color = f"C{m % 10}"
+                    ax.barh(
+                        at, value, 0.75 / len(methods), xerr=error, color=color, error_kw={"linewidth": 0.8}
+                    )
+        ax.set_xlabel(score)
+        ax.set_yticks(range(len(names)), names if ax is axes[0, 0] else [""] * len(names), fontsize="small")
+        ax.invert_yaxis()
+        ax.axvline(0.0, color="0.6", linewidth=0.8)
+        low = min((row[score] for row in found if np.isfinite(row[score])), default=0.0)
+        ax.set_xlim(left=max(low * 1.1, -0.3) if low < 0 else 0.0)
+    handles = [plt.Rectangle((0, 0), 1, 1, color=f"C{m % 10}") for m in range(len(methods))]
+    figure.legend(handles, methods, loc="outside right upper", frameon=False, fontsize="small")
+    return figure
+
+
+def curves(adapted: Sequence[Row], found: Sequence[Row]) -> Figure:
+    """Co-smoothing and forecasts of the held-out recordings against the number of trials."""
+    import matplotlib.pyplot as plt
+
+    names = list(dict.fromkeys(row["recording"] for row in adapted))
+    shape = (2, len(names))
+    figure, axes = plt.subplots(*shape, figsize=(3.6 * len(names), 6), squeeze=False, layout="constrained")
+    for column, name in zip(axes.T, names, strict=True):
+        for ax, score in zip(column, ("co_bps", "fp_bps"), strict=True):
+            for color, method in zip(PALETTE, ("adapted", "from scratch"), strict=False):
+                of = [r for r in found if (r["recording"], r["method"]) == (name, method)]
+                shots = sorted({r["trials"] for r in of})
+                value, error = (
+                    [float(np.mean([r[key] for r in of if r["trials"] == n])) for n in shots]
+                    for key in (score, f"{score}_se")
+                )
+                ax.errorbar(shots, value, error, marker="o", markersize=3, color=color, label=method)
+            single = [r[score] for r in found if (r["recording"], r["method"]) == (name, "single recording")]
+            if single:
+                ax.axhline(float(np.mean(single)), color="black", linestyle=":", label="alone, all trials")
+            ax.set_xscale("log", base=2)
+            ax.set_xticks(shots, [str(n) for n in shots])
+            ax.axhline(0.0, color="0.6", linewidth=0.8)
+            ax.set_ylabel(score)
+        column[0].set_title(name, fontsize="small")
+        column[1].set_xlabel("trials")
+    axes[0, -1].legend(frameon=False, fontsize="small")
+    return figure
