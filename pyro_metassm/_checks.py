@@ -307,22 +307,24 @@ def plain(name: str, value: Any) -> Any:
     )
 
 
-def attrs_of(name: str, value: Any, num_trials: int) -> dict[str, Any]:
-    """All attrs; the entries of `trials` as arrays with a row a trial."""
+def attrs_of(name: str, value: Any, num_trials: int, num_neurons: int) -> dict[str, Any]:
+    """All attrs; the entries of `trials` as arrays with a row a trial, those of `neurons` with a row a neuron."""
     attrs = plain(name, dict(value or {}))
-    if "trials" in attrs:
-        if not isinstance(attrs["trials"], dict):
+    for table, number in (("trials", num_trials), ("neurons", num_neurons)):
+        if table not in attrs:
+            continue
+        if not isinstance(attrs[table], dict):
             raise fail(
-                name, 'attrs["trials"] as a dict of arrays', f"{type(attrs['trials'])}", "rename the entry"
+                name, f'attrs["{table}"] as a dict of arrays', f"{type(attrs[table])}", "rename the entry"
             )
-        attrs["trials"] = {key: np.asarray(rows) for key, rows in attrs["trials"].items()}
-        for key, rows in attrs["trials"].items():
-            if rows.shape[:1] != (num_trials,):
+        attrs[table] = {key: np.asarray(rows) for key, rows in attrs[table].items()}
+        for key, rows in attrs[table].items():
+            if rows.shape[:1] != (number,):
                 raise fail(
                     name,
-                    f'attrs["trials"][{key!r}] of {num_trials} rows',
+                    f'attrs["{table}"][{key!r}] of {number} rows',
                     f"shape {rows.shape}",
-                    "use one a trial",
+                    f"use one a {table[:-1]}",
                 )
     return attrs
 

@@ -32,7 +32,8 @@ class Recording:
         held_out_neurons: Neurons that the guide must not see but the likelihood scores: bool `(neurons,)`
             or integer indices.
         attrs: Anything to keep: str, numbers, bools, None, lists, dicts and arrays of these. What
-            `attrs["trials"]` holds, arrays with a row a trial, goes along with `take`.
+            `attrs["trials"]` holds, arrays with a row a trial, goes along with `take`; what `attrs["neurons"]`
+            holds, with a row a neuron, are coordinates of the neurons.
         lengths: `(trials,)` bins of each trial. By default those of the list given, else the last observed
             bin + 1.
 
@@ -155,7 +156,7 @@ class Recording:
             else checks.labels_of(name, "condition", condition, num_trials),
             neuron_ids=None if neuron_ids is None else checks.neuron_ids_of(name, neuron_ids, num_neurons),
             held_out_neurons=checks.held_out_of(name, held_out_neurons, num_neurons),
-            attrs=checks.attrs_of(name, attrs, num_trials),
+            attrs=checks.attrs_of(name, attrs, num_trials, num_neurons),
         )
 
     def _set(self, **fields: Any) -> None:
@@ -303,8 +304,8 @@ class Recording:
         Returns:
             `observations` and `mask (trial, time, neuron)`, `lengths (trial)`, `held_out_neurons (neuron)`;
             where given `inputs (trial, time, input_dim)`, `behavior (trial, time, behavior_dim)`,
-            `condition (trial)` and the coordinate `neuron`; `attributes`, a JSON text; the attrs `name` and
-            `bin_width`.
+            `condition (trial)`, the coordinates `neuron` and those of `attrs["neurons"]`; `attributes`, a
+            JSON text; the attrs `name` and `bin_width`.
 
         Example:
             >>> ds = Recording("a", np.ones((8, 50, 3)), bin_width=0.02).to_xarray()
@@ -327,6 +328,9 @@ class Recording:
             variables["condition"] = (dims[:1], self.condition)
         if self.neuron_ids is not None:
             coords["neuron"] = (dims[2:], self.neuron_ids)
+        for key, rows in self.attrs.get("neurons", {}).items():
+            if key not in variables | coords and rows.ndim == 1:
+                coords[key] = (dims[2:], rows)
         return xr.Dataset(variables, coords, {"name": self.name, "bin_width": self.bin_width})
 
     @classmethod
