@@ -11,7 +11,7 @@ ROOT = Path(__file__).resolve().parents[1]
 # with a leading underscore are private parts of the modules of their layer.
 LAYERS: tuple[set[str], ...] = (
     {
-        "_batch", "_checks", "_machine", "_recording", "_summary",
+        "_batch", "_checks", "_dataset", "_machine", "_recording", "_selecting", "_smoothing", "_summary",
         "adaptations", "blocks", "capture", "describing", "dims", "distributions", "dynamics", "global_sites", "hooks",
         "io", "likelihoods", "native", "neurons", "observations", "products", "rebuilding", "recordings", "simulate",
         "sites", "transitions",

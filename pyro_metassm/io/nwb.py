@@ -6,7 +6,7 @@ import os
 import warnings
 from collections.abc import Sequence
 from pathlib import PurePosixPath
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
@@ -87,7 +87,7 @@ def read_nwb(
         own = np.flatnonzero(tables.chosen_rows(name, table, units, "units"))
         trials, table = trials.iloc[rows].reset_index(drop=True), table.iloc[own].reset_index(drop=True)
         session = _session(nwb, name, trials, own, table["id"].to_numpy())
-        attrs = {"neurons": tables.plain_columns(table.drop(columns=["id"]))}
+        attrs: dict[str, Any] = {"neurons": tables.plain_columns(table.drop(columns=["id"]))}
         attrs |= {"left_in_file": left} if left else {}
         attrs |= _about(nwb)
         return recording_of(
