@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +10,9 @@ import numpy as np
 import torch
 
 from pyro_metassm import _checks as checks
-from pyro_metassm import io, metrics
+from pyro_metassm import metrics
 from pyro_metassm.adaptation import adapt
-from pyro_metassm.experiments import adapting_report, files, report
+from pyro_metassm.experiments import adapting_report, files, reading, report
 from pyro_metassm.neurons import NeuronTable
 from pyro_metassm.observations import counted
 from pyro_metassm.posterior import forecast, posterior
@@ -30,6 +30,7 @@ def run(
     new: Sequence[str | Path],
     out: str | Path,
     *,
+    bins: Mapping[str, Any] | None = None,
     num_trials: int = 8,
     num_steps: int = 100,
     train: Collection[str] = ("read_in", "read_out"),
@@ -51,7 +52,7 @@ def run(
 
     Args:
         run: folder that ``metassm fit`` or ``Fit.save`` wrote.
-        new: ``.npz`` or netCDF files, one recording each.
+        new: files as :func:`files.run` takes them, and ``bins`` for those in NWB.
         out: folder to write into: ``fit/`` (adapted from ``num_trials``), ``adaptation.csv``, ``metrics.json``,
             ``posterior.nc``, ``forecast.nc`` and pictures.
         num_trials: trials of each recording to adapt from, at most; they also make the decoder and the null model of
@@ -81,7 +82,7 @@ def run(
     seconds: dict[str, float] = {}
     with report.timed(seconds, "read"):
         known = files.load_fit(run, device)
-        recs = Recordings([io.read(path) for path in new])
+        recs = reading.recordings(new, bins)
         recs.summary()  # warns of what will hurt
         for recording in recs.values():
             known.model.observation.check(recording)  # the test trials as well
