@@ -95,7 +95,8 @@ def test_the_edits(monkeypatch):
 
 def test_the_loaders(tmp_path, monkeypatch):
     """docs/loading.md, in one namespace: the files of public data sets are small ones of their layouts."""
-    pytest.importorskip("pynwb"), pytest.importorskip("zarr")
+    pytest.importorskip("pynwb")
+    pytest.importorskip("zarr")
     import h5py
     import nwb_layouts as layouts
     from scipy.io import savemat

@@ -8,6 +8,7 @@ pytest.importorskip("pynwb")
 import h5py
 import nwb_layouts as layouts
 import pynwb
+from test_io import same
 
 import pyro_metassm as pm
 from pyro_metassm.io import seconds
@@ -70,11 +71,10 @@ def test_coordinates_go_along_to_xarray_and_through_files(files, tmp_path):
     dataset = rec.to_xarray()
     assert dataset["location"].dims == ("neuron",) and dataset["location"].values[1] == "PMd"
     assert dataset["neuron"].values.tolist() == [100, 101, 102, 103, 104]
+    rec = pm.read_nwb(files["centre_out"][0], **CENTRE_OUT, name="a", behavior="cursor_vel")
     pm.io.write_npz(rec, tmp_path / "a.npz")
-    back = pm.io.read(tmp_path / "a.npz").attrs["neurons"]
-    assert {key: list(value) for key, value in back.items()} == {
-        key: list(value) for key, value in rec.attrs["neurons"].items()
-    }
+    pm.io.write_netcdf(rec, tmp_path / "a.nc")
+    assert all(same(pm.io.read(tmp_path / f"a.{suffix}"), rec) for suffix in ("npz", "nc"))
 
 
 def test_the_maze_with_ragged_columns_and_trials_chosen_by_a_function(files):
@@ -378,3 +378,13 @@ def test_a_slow_session_is_not_taken_for_milliseconds():
 
     trials = pd.DataFrame({"start_time": [0.0, 10.0], "stop_time": [5.0, 15.0]})
     seconds.check("a", [np.arange(0.0, 3600.0, 20.0)], trials, (0.0, 1.0), 0.0)
+
+
+def test_result_trees_have_the_coordinates_of_the_neurons(files):
+    from pyro_metassm import trees
+
+    rec = pm.read_nwb(files["centre_out"][0], **CENTRE_OUT)
+    data = trees.recording_groups(rec, {})["constant_data"]
+    assert data["electrode_group"].dims == ("neuron",) and data["location"].values.tolist() == rec.attrs["neurons"][
+        "location"
+    ].tolist()  # fmt: skip

@@ -34,9 +34,9 @@ class Session:
     Attributes:
         trains: Spike times of each unit, sorted.
         trials: Table with `start_time` and `stop_time` in s.
-        observed: Of each unit the intervals `(intervals, 2)` in which it was observed; None: the whole session.
+        observed: Of each unit the intervals `(intervals, 2)` in which it was observed; None: from the first trial or
+            spike of the session to the last.
         invalid: Intervals `(intervals, 2)` in which nothing was.
-        end: The span of the session where the file tells it; None: from the first trial or spike to the last.
     """
 
     name: str
@@ -44,7 +44,6 @@ class Session:
     trials: pd.DataFrame
     observed: Sequence[np.ndarray] | None = None
     invalid: np.ndarray | None = None
-    span: tuple[float, float] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -192,9 +191,7 @@ def _within(intervals: np.ndarray, edges: np.ndarray) -> np.ndarray:
 
 
 def _span(session: Session) -> tuple[float, float]:
-    """From when to when there was a session: as the file says, else from the first to the last trial or spike."""
-    if session.span is not None:
-        return session.span
+    """From when to when there was a session: from the first to the last trial or spike."""
     low = [train[0] for train in session.trains if len(train)] + [session.trials["start_time"].min()]
     high = [train[-1] for train in session.trains if len(train)] + [session.trials["stop_time"].max()]
     return float(np.min(low)), float(np.nextafter(np.max(high), np.inf))

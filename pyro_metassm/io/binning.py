@@ -11,7 +11,7 @@ import numpy as np
 
 from pyro_metassm import _checks as checks
 
-EXACT = Context(prec=60)  # digits: sums of doubles between a nanosecond and years are exact in it
+EXACT = Context(prec=800)  # digits: enough for any sum of doubles as they are written
 WHOLE = 1e-6  # of a bin: a window that misses a whole number of bins by no more has that number
 
 

@@ -30,7 +30,8 @@ def write_zarr(
     """Write recordings into a Zarr store, compressed, with a checksum for every chunk, and without loss.
 
     They are taken one by one, so that a generator can write more than fits into memory. A recording is listed in the
-    store once it is complete: a run that was interrupted leaves those that were.
+    store once it is complete: a run that was interrupted leaves those that were. What is known of simulations
+    (`Recordings.truth`) is not written.
 
     Args:
         recordings: One, several, or what yields them.
