@@ -1,5 +1,7 @@
 """NWB files of the layouts of public data sets: counts and behaviour by brute force, what is read, what is refused."""
 
+import sys
+
 import numpy as np
 import pytest
 
@@ -328,6 +330,29 @@ def test_behavior_with_gaps_silent_units_and_empty_labels_are_counted(tmp_path):
     with pytest.warns(UserWarning, match="spikes lie outside"), pytest.warns(UserWarning, match=unseen):
         rec = pm.read_nwb(path, window=(0.0, 1.0), bin_width=0.05, units={"id": [0]})
     assert rec.num_trials == 2
+
+
+def test_spikes_outside_of_the_session_and_of_the_intervals_are_counted(tmp_path):
+    nwb = layouts.new_file()
+    train = np.array([-3.0, 0.5, 1.5, 2.5, 3.5, 4.5, 12.0, 13.0])
+    nwb.add_unit(spike_times=train, obs_intervals=[[0.0, 2.0], [2.0, 3.0], [4.0, 10.0]])
+    nwb.add_trial(start_time=0.0, stop_time=5.0)
+    layouts.write(nwb, tmp_path / "a.nwb")
+    with pytest.warns(UserWarning) as caught:
+        rec = pm.read_nwb(tmp_path / "a.nwb", bin_width=1.0)
+    assert [str(entry.message) for entry in caught] == [
+        "recording 'a': 3 spikes lie outside of the session",
+        "recording 'a': 1 spikes in the windows lie where their unit was not observed, and are missing",
+    ]
+    assert rec.mask[0, :, 0].tolist() == [True, True, True, False, True]  # intervals that touch are one
+    assert rec.values[0, :, 0].tolist() == [1, 1, 1, 0, 1]
+
+
+@pytest.mark.parametrize(("module", "path"), [("pynwb", "a.nwb"), ("fsspec", "memory://a.nwb")])
+def test_libraries_that_are_not_installed(module, path, monkeypatch):
+    monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(ImportError, match=rf'{module}.*pip install "pyro-metassm\[nwb\]"'):
+        pm.read_nwb(path, **CENTRE_OUT)
 
 
 def test_a_clock_that_is_set_back_and_a_series_cut_short(tmp_path):

@@ -3,6 +3,7 @@
 import copy
 import pickle
 import shutil
+import sys
 import tracemalloc
 
 import numpy as np
@@ -217,6 +218,13 @@ def test_a_chunk_of_zeros_is_not_taken_for_a_lost_one(tmp_path):
     silent = pm.Recording("a", np.zeros((4, 5, 2)), bin_width=0.02)
     write_zarr(silent, tmp_path / "a.zarr")
     assert same(read(tmp_path / "a.zarr"), silent)
+
+
+def test_without_zarr(store, monkeypatch):
+    monkeypatch.setitem(sys.modules, "zarr", None)
+    for call in (lambda: open_zarr(store[1]), lambda: write_zarr(store[0], store[1])):
+        with pytest.raises(ImportError, match=r'pip install "pyro-metassm\[zarr\]"'):
+            call()
 
 
 def test_what_is_no_store(store, tmp_path):
