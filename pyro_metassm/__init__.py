@@ -15,6 +15,13 @@ from pyro_metassm.checkpoints import CheckpointError as CheckpointError
 from pyro_metassm.comparing import compare as compare
 from pyro_metassm.drifting import drift as drift
 from pyro_metassm.for_arviz import to_arviz as to_arviz
+from pyro_metassm.io.binning import bin_spikes as bin_spikes
+from pyro_metassm.io.mat import read_mat as read_mat
+from pyro_metassm.io.nlb import read_nlb as read_nlb
+from pyro_metassm.io.nwb import read_nwb as read_nwb
+from pyro_metassm.io.pynapple import from_pynapple as from_pynapple
+from pyro_metassm.io.structures import from_dict as from_dict
+from pyro_metassm.io.zarr import open_zarr as open_zarr
 from pyro_metassm.joining import join as join
 from pyro_metassm.leaving_future_out import leave_future_out as leave_future_out
 from pyro_metassm.posterior import forecast as forecast

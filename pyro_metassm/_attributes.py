@@ -42,30 +42,32 @@ def plain(name: str, value: Any) -> Any:
     )
 
 
-def attrs_of(name: str, value: Any, num_trials: int) -> dict[str, Any]:
-    """All attrs; the entries of `trials` as arrays with a row a trial."""
+def attrs_of(name: str, value: Any, num_trials: int, num_neurons: int) -> dict[str, Any]:
+    """All attrs; the entries of `trials` as arrays with a row a trial, those of `neurons` with a row a neuron."""
     if not isinstance(value or {}, Mapping):
         raise checks.fail(name, "attrs as a dict", f"a {type(value).__name__}", "give every entry a name")
     attrs = plain(name, dict(value or {}))
-    if "trials" in attrs:
-        if not isinstance(attrs["trials"], dict):
+    for table, number in (("trials", num_trials), ("neurons", num_neurons)):
+        if table not in attrs:
+            continue
+        if not isinstance(attrs[table], dict):
             raise checks.fail(
-                name, 'attrs["trials"] as a dict of arrays', f"{type(attrs['trials'])}", "rename the entry"
+                name, f'attrs["{table}"] as a dict of arrays', f"{type(attrs[table])}", "rename the entry"
             )
-        attrs["trials"] = {key: _rows(name, rows) for key, rows in attrs["trials"].items()}
-        for key, rows in attrs["trials"].items():
-            if rows.shape[:1] != (num_trials,):
+        attrs[table] = {key: _rows(name, table, rows) for key, rows in attrs[table].items()}
+        for key, rows in attrs[table].items():
+            if rows.shape[:1] != (number,):
                 raise checks.fail(
                     name,
-                    f'attrs["trials"][{key!r}] of {num_trials} rows',
+                    f'attrs["{table}"][{key!r}] of {number} rows',
                     f"shape {rows.shape}",
-                    "use one a trial",
+                    f"use one a {table[:-1]}",
                 )
     return attrs
 
 
-def _rows(name: str, rows: Any) -> np.ndarray:
-    """An entry of `attrs["trials"]`."""
+def _rows(name: str, table: str, rows: Any) -> np.ndarray:
+    """An entry of `attrs["trials"]` or `attrs["neurons"]`."""
     if isinstance(rows, np.ndarray):
         return rows
     objects = np.array(
@@ -73,10 +75,10 @@ def _rows(name: str, rows: Any) -> np.ndarray:
     )  # each text in its own room so far
     items = objects.ravel().tolist()
     if items and all(isinstance(item, str) for item in items):
-        return checks.texts(name, 'attrs["trials"]', items).reshape(objects.shape)
+        return checks.texts(name, f'attrs["{table}"]', items).reshape(objects.shape)
     if not all(isinstance(item, (bool, int, float)) for item in items):
         raise checks.fail(
-            name, 'attrs["trials"] of numbers or of text', "other or mixed entries", "use one kind a key"
+            name, f'attrs["{table}"] of numbers or of text', "other or mixed entries", "use one kind a key"
         )
     return np.asarray(rows if isinstance(rows, list) else [])
 

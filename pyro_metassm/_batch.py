@@ -154,21 +154,21 @@ def collate(
     complete = bool((lengths == shape[2]).all()) and all(recording.complete for recording in chosen)
     mask = neurons[:, None, None, :].expand(observations.shape)
     mask = mask if complete else torch.zeros_like(mask, memory_format=torch.contiguous_format)
-    num_inputs = num_inputs_of(chosen[0])
+    num_inputs = chosen[0].num_inputs
     inputs = torch.zeros(*shape, num_inputs, dtype=dtype, device=device) if num_inputs else None
     all_rows = moved(np.concatenate(indices), device).split([len(index) for index in indices])
 
     def fill(r: int) -> None:
         recording, rows, time = chosen[r], all_rows[r], int(lengths[r].max())
         where = (r, slice(len(rows)), slice(time), slice(recording.num_neurons))
-        values, observed, given = recording.on(dtype, device)
+        values, observed, given = recording.trials(indices[r], rows, time, dtype, not complete)
         for trial, bin_, neuron in ((len(rows), 0, 0), (0, time, 0), (0, 0, recording.num_neurons)):
             observations[r, trial:, bin_:, neuron:] = 0.0  # the padding
-        observations[where] = values[:, :time].index_select(0, rows)
-        if not complete:
-            mask[where] = observed[:, :time].index_select(0, rows)
+        observations[where] = values
+        if observed is not None:
+            mask[where] = observed
         if inputs is not None and given is not None:
-            inputs[r, : len(rows), :time] = given[:, :time].index_select(0, rows)
+            inputs[r, : len(rows), :time] = given
 
     share(fill, len(chosen), observations)
     scale = [[recording.num_trials / len(index)] for recording, index in zip(chosen, indices, strict=True)]
@@ -195,8 +195,3 @@ def moved(array: np.ndarray, device: torch.device) -> Tensor:
     tensor = torch.from_numpy(array)
     tensor = tensor.pin_memory() if device.type == "cuda" else tensor
     return tensor.to(device, non_blocking=True)
-
-
-def num_inputs_of(recording: Recording) -> int:
-    """Dims of the inputs, 0 without."""
-    return 0 if recording.inputs is None else recording.inputs.shape[-1]

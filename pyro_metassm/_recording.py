@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import zlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -14,6 +13,7 @@ from torch import Tensor
 
 from pyro_metassm import _attributes as attributes
 from pyro_metassm import _checks as checks
+from pyro_metassm import _dataset, _selecting, _smoothing
 
 
 class Recording:
@@ -33,7 +33,8 @@ class Recording:
         held_out_neurons: Neurons that the guide must not see but the likelihood scores: bool `(neurons,)`
             or integer indices.
         attrs: Anything to keep: str, numbers, bools, None, lists, dicts and arrays of these. What
-            `attrs["trials"]` holds, arrays with a row a trial, goes along with `take`.
+            `attrs["trials"]` holds, arrays with a row a trial, goes along with `take`; what `attrs["neurons"]`
+            holds, with a row a neuron, are coordinates of the neurons.
         lengths: `(trials,)` bins of each trial. By default those of the list given, else the last observed
             bin + 1.
 
@@ -156,7 +157,7 @@ class Recording:
             else checks.labels_of(name, "condition", condition, num_trials),
             neuron_ids=None if neuron_ids is None else checks.neuron_ids_of(name, neuron_ids, num_neurons),
             held_out_neurons=checks.held_out_of(name, held_out_neurons, num_neurons),
-            attrs=attributes.attrs_of(name, attrs, num_trials),
+            attrs=attributes.attrs_of(name, attrs, num_trials, num_neurons),
         )
 
     def _set(self, **fields: Any) -> None:
@@ -168,11 +169,10 @@ class Recording:
         self.__dict__.update({**fields, **views, "_arrays": arrays, "_tensors": {}})
 
     def _replace(self, **fields: Any) -> Recording:
-        """The same with other fields, known to be sound (for tensors: fresh values, mask and inputs)."""
+        """The same with other fields, known to be sound."""
         new = object.__new__(type(self))
-        new._set(
-            **{key: fields.get(key, self.__dict__[key]) for key in Recording.__annotations__ if key[0] != "_"}
-        )
+        mine = self.__dict__ | self._arrays  # not the locked views: tensors are made of them
+        new._set(**{key: fields.get(key, mine[key]) for key in Recording.__annotations__ if key[0] != "_"})
         return new
 
     def __setattr__(self, key: str, value: Any) -> None:
@@ -185,8 +185,10 @@ class Recording:
 
     @property
     def has_counts(self) -> bool:
-        """Whether all values are whole numbers of at least zero."""
-        return bool((self.values >= 0).all() and (self.values == np.round(self.values)).all())
+        """Whether all values are whole numbers of at least zero, and not smoothed ones."""
+        return "smoothed_s" not in self.attrs and bool(
+            (self.values >= 0).all() and (self.values == np.round(self.values)).all()
+        )
 
     @property
     def num_trials(self) -> int:
@@ -267,30 +269,55 @@ class Recording:
             >>> Recording("a", np.ones((8, 50, 3)), bin_width=0.02).crop(10, 30).num_bins
             20
         """
-        first, last = window_of(self.name, start, stop, self.num_bins)
-        empty = np.flatnonzero(~self.mask[:, first:last].any(axis=(1, 2)))
-        if len(empty):
-            raise checks.fail(
-                self.name,
-                f"an observation of every trial in bins {first} to {last - 1}",
-                f"none in {len(empty)} of {self.num_trials} trials ({checks.some(empty)})",
-                "leave these trials out first: recording.take(...)",
-            )
+        first, last = _selecting.window_of(self.name, start, stop, self.num_bins)
+        _selecting.refuse_empty(self.name, self.mask, first, last)
         cut = {
             key: None if self.__dict__[key] is None else self.__dict__[key][:, first:last].copy()
             for key in ("values", "mask", "inputs", "behavior")
         }
         return self._replace(lengths=np.clip(self.lengths - first, 0, last - first), **cut)
 
+    def smooth(self, sd_s: float) -> Recording:
+        r"""The recording with every neuron smoothed over time within each trial.
+
+        `y'_t = sum_s w(s - t) y_s / sum_s w(s - t)` over the observed bins `s` of the trial, `w` a Gaussian of
+        `sd_s` seconds, cut at five of them. What is missing stays so. The result is real-valued: count
+        likelihoods refuse it (`attrs["smoothed_s"]` is `sd_s`).
+
+        Args:
+            sd_s: Standard deviation in seconds, above zero.
+
+        Returns:
+            A new recording.
+
+        Raises:
+            ValueError: Not a positive number of seconds, milliseconds, or a recording that was smoothed before.
+
+        Example:
+            >>> recording = Recording("a", np.eye(50)[None, :, :3], bin_width=0.02)
+            >>> recording.smooth(0.04).values[0, 0].round(2).tolist()
+            [0.33, 0.29, 0.2]
+        """
+        return self._replace(
+            values=_smoothing.smoothed(self, sd_s), attrs=self.attrs | {"smoothed_s": float(sd_s)}
+        )
+
     def check_counts(self) -> None:
         """Refuse what is no spike count; the count likelihoods call this.
 
         Raises:
-            ValueError: A negative or fractional observation, with its trial, bin and neuron.
+            ValueError: Smoothed counts; a negative or fractional observation, with its trial, bin and neuron.
 
         Example:
             >>> Recording("a", np.ones((8, 50, 3)), bin_width=0.02).check_counts()
         """
+        if "smoothed_s" in self.attrs:
+            raise checks.fail(
+                self.name,
+                "counts for a count likelihood",
+                f"counts smoothed over {self.attrs['smoothed_s']:g} s",
+                "pass the recording before smooth(), or use a Gaussian likelihood",
+            )
         checks.refuse(
             self,
             (self.values < 0) | (self.values != np.floor(self.values)),
@@ -304,31 +331,15 @@ class Recording:
         Returns:
             `observations` and `mask (trial, time, neuron)`, `lengths (trial)`, `held_out_neurons (neuron)`;
             where given `inputs (trial, time, input_dim)`, `behavior (trial, time, behavior_dim)`,
-            `condition (trial)` and the coordinate `neuron`; `attributes`, a JSON text; the attrs `name` and
-            `bin_width`.
+            `condition (trial)`, the coordinates `neuron` and those of `attrs["neurons"]`; `attributes`, a
+            JSON text; the attrs `name` and `bin_width`.
 
         Example:
             >>> ds = Recording("a", np.ones((8, 50, 3)), bin_width=0.02).to_xarray()
             >>> dict(ds.sizes)
             {'trial': 8, 'time': 50, 'neuron': 3}
         """
-        dims = ("trial", "time", "neuron")
-        variables: dict[str, Any] = {
-            "observations": (dims, self.observations),
-            "mask": (dims, self.mask),
-            "lengths": (dims[:1], self.lengths),
-            "held_out_neurons": (dims[2:], self.held_out_neurons),
-            "attributes": ((), attributes.to_json(self.attrs)),
-        }
-        coords: dict[str, Any] = {"time": ("time", np.arange(self.num_bins) * self.bin_width, {"units": "s"})}
-        for key, last in (("inputs", "input_dim"), ("behavior", "behavior_dim")):
-            if self.__dict__[key] is not None:
-                variables[key] = ((*dims[:2], last), self.__dict__[key])
-        if self.condition is not None:
-            variables["condition"] = (dims[:1], self.condition)
-        if self.neuron_ids is not None:
-            coords["neuron"] = (dims[2:], self.neuron_ids)
-        return xr.Dataset(variables, coords, {"name": self.name, "bin_width": self.bin_width})
+        return _dataset.of(self)
 
     @classmethod
     def from_xarray(cls, ds: xr.Dataset) -> Recording:
@@ -347,24 +358,13 @@ class Recording:
             >>> Recording.from_xarray(Recording("a", np.ones((8, 50, 3)), bin_width=0.02).to_xarray()).name
             'a'
         """
-        missing = [key for key in ("name", "bin_width") if key not in ds.attrs]
-        missing += [key for key in ("observations",) if key not in ds.data_vars]
-        if missing:
-            raise ValueError(
-                "a recording as a Dataset: needed `observations` and the attrs `name` and `bin_width`, "
-                f"got none of {missing}; make such a Dataset with Recording.to_xarray()"
-            )
-        given = {
-            key: ds[key]
-            for key in ("mask", "lengths", "inputs", "behavior", "condition", "held_out_neurons")
-            if key in ds.data_vars
-        }
-        if "neuron" in ds.coords:
-            given["neuron_ids"] = ds["neuron"]
-        attrs = attributes.from_json(str(ds["attributes"].item())) if "attributes" in ds else {}
-        return cls(
-            ds.attrs["name"], ds["observations"], bin_width=ds.attrs["bin_width"], attrs=attrs, **given
-        )
+        name, observations, fields = _dataset.fields(ds)
+        return cls(name, observations, **fields)
+
+    @property
+    def num_inputs(self) -> int:
+        """Dims of the inputs, 0 without."""
+        return 0 if self.inputs is None else self.inputs.shape[-1]
 
     @functools.cached_property
     def complete(self) -> bool:
@@ -382,16 +382,13 @@ class Recording:
             )
         return self._tensors[dtype, device]
 
-
-def window_of(name: str, start: int | None, stop: int | None, num_bins: int) -> tuple[int, int]:
-    first, last = 0 if start is None else int(start), num_bins if stop is None else min(int(stop), num_bins)
-    if not 0 <= first < last:
-        raise checks.fail(
-            name, f"a window within {num_bins} bins", f"{start} to {stop}", "use 0 <= start < stop"
+    def trials(
+        self, rows: np.ndarray, index: Tensor, stop: int, dtype: torch.dtype, masked: bool
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Values, mask (if asked for) and inputs of some trials, up to a bin; `index` are `rows` on the device."""
+        values, mask, inputs = self.on(dtype, index.device)
+        return (
+            values[:, :stop].index_select(0, index),
+            mask[:, :stop].index_select(0, index) if masked else None,
+            None if inputs is None else inputs[:, :stop].index_select(0, index),
         )
-    return first, last
-
-
-def generator_of(purpose: str, name: str, seed: int) -> np.random.Generator:
-    """Randomness for one recording: seeded by its name as well, so that no recording depends on the others."""
-    return np.random.default_rng([seed, zlib.crc32(name.encode()), zlib.crc32(purpose.encode())])

@@ -37,7 +37,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     demo.set_defaults(command=_demo)
 
-    fit = commands.add_parser("fit", help="fit recordings from .npz or netCDF files together")
+    fit = commands.add_parser("fit", help="fit recordings from .npz, netCDF, .zarr or .nwb files together")
     fit.add_argument("files", nargs="+", metavar="FILE")
     fit.add_argument("--out", required=True, help="folder to write into")
     fit.add_argument("--latent-dim", type=int, default=8)
@@ -58,6 +58,7 @@ def _parser() -> argparse.ArgumentParser:
     fit.add_argument("--save-trials", type=int, default=16, help="held-out trials of each recording written")
     fit.add_argument("--seed", type=int, default=0)
     fit.add_argument("--device", default="auto")
+    _add_bins(fit)
     fit.set_defaults(command=_fit)
 
     forecast = commands.add_parser(
@@ -70,6 +71,7 @@ def _parser() -> argparse.ArgumentParser:
     forecast.add_argument("--horizon", type=int, required=True, help="bins forecast")
     forecast.add_argument("--num-samples", type=int, default=25)
     forecast.add_argument("--seed", type=int, default=0)
+    _add_bins(forecast)
     forecast.set_defaults(command=_forecast)
 
     adapt = commands.add_parser("adapt", help="adapt a saved fit to recordings that it does not know")
@@ -103,6 +105,7 @@ def _parser() -> argparse.ArgumentParser:
     adapt.add_argument("--save-trials", type=int, default=16, help="test trials of each recording written")
     adapt.add_argument("--seed", type=int, default=0)
     adapt.add_argument("--device", default="auto")
+    _add_bins(adapt)
     adapt.set_defaults(command=_adapt)
 
     experiment = commands.add_parser(
@@ -143,6 +146,56 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _add_bins(parser: argparse.ArgumentParser) -> None:
+    """How NWB files are binned: the arguments of `read_nwb`."""
+    group = parser.add_argument_group("NWB files")
+    group.add_argument("--bin-width", type=float, help="seconds; needed for .nwb files")
+    group.add_argument("--align-to", metavar="COLUMN", help="column of the trials (default: start_time)")
+    group.add_argument(
+        "--window",
+        type=float,
+        nargs=2,
+        metavar=("START", "STOP"),
+        help="seconds around it (default: whole trials)",
+    )
+    group.add_argument("--lag", type=float, help="seconds by which behavior follows (default: 0)")
+    group.add_argument("--behavior", nargs="+", metavar="SERIES", help="such as Velocity/cursor_vel")
+    group.add_argument(
+        "--where", nargs="+", metavar="COLUMN=VALUE", help="trials to take; a,b for several values"
+    )
+    group.add_argument("--units", nargs="+", metavar="COLUMN=VALUE", help="units to take")
+    group.add_argument("--condition", nargs="+", metavar="COLUMN", help="columns of the trials")
+
+
+def _bins(options: dict) -> dict:
+    """The arguments of `read_nwb` among the options, which lose them."""
+    keys = ("bin_width", "align_to", "window", "lag", "behavior", "where", "units", "condition")
+    bins = {key: value for key in keys if (value := options.pop(key)) is not None}
+    for key in ("where", "units"):
+        if key in bins:
+            bins[key] = dict(_choice(text) for text in bins[key])
+    if "window" in bins:
+        bins["window"] = tuple(bins["window"])
+    if len(bins.get("condition", ())) == 1:
+        (bins["condition"],) = bins["condition"]
+    return bins
+
+
+def _choice(text: str) -> tuple[str, list]:
+    """`COLUMN=a,b` as the column and its values, numbers and truth values as such."""
+    column, sign, values = text.partition("=")
+    if not (column and sign and values):
+        raise ValueError(f"{text}: needed COLUMN=VALUE, or COLUMN=VALUE,VALUE")
+    found: list = []
+    for value in values.split(","):
+        known = {"true": True, "false": False}.get(value.lower())
+        try:
+            found += [float(value), value] if known is None else [known, value]
+        except ValueError:
+            found.append(value)
+    return column, found
+
+
 # The commands import what they need when they run: `metassm --help` answers at once.
 
 
@@ -163,7 +216,8 @@ def _demo(out: str, **options) -> None:
 def _fit(files, out: str, **options) -> None:
     from pyro_metassm.experiments import files as experiment
 
-    numbers = experiment.run(files, out, **options)
+    bins = _bins(options)
+    numbers = experiment.run(files, out, bins=bins, **options)
     last = max(numbers["forecast_r2"], key=int)
     numbers[label := f"forecast_r2, {last} bins ahead"] = numbers["forecast_r2"][last]
     for score in (
@@ -182,13 +236,11 @@ def _fit(files, out: str, **options) -> None:
 def _forecast(run: str, files, out: str, **options) -> None:
     from pathlib import Path
 
-    from pyro_metassm import io
-    from pyro_metassm.experiments import report
+    from pyro_metassm.experiments import reading, report
     from pyro_metassm.experiments.files import load_fit
     from pyro_metassm.posterior import forecast
-    from pyro_metassm.recordings import Recordings
 
-    recs = Recordings([io.read(file) for file in files])
+    recs = reading.recordings(files, _bins(options))
     report.write_tree(forecast(load_fit(run), recs, **options), Path(out))
     print(f"forecasts of {len(recs)} recordings in {out}")
 
@@ -196,7 +248,8 @@ def _forecast(run: str, files, out: str, **options) -> None:
 def _adapt(run: str, new, out: str, **options) -> None:
     from pyro_metassm.experiments import adapting, adapting_report
 
-    numbers = adapting.run(run, new, out, **options)
+    bins = _bins(options)
+    numbers = adapting.run(run, new, out, bins=bins, **options)
     print("\n".join(adapting_report.lines(numbers)))
     seconds = numbers["seconds"]
     beside = f", from scratch in {seconds['scratch']:.0f} s" if "scratch" in seconds else ""

@@ -11,8 +11,9 @@ import xarray as xr
 
 from pyro_metassm import _checks as checks
 from pyro_metassm import _summary
-from pyro_metassm._batch import Batch, collate, num_inputs_of
-from pyro_metassm._recording import Recording, generator_of, window_of
+from pyro_metassm._batch import Batch, collate
+from pyro_metassm._recording import Recording
+from pyro_metassm._selecting import generator_of, window_of
 
 __all__ = ["Batch", "Recording", "Recordings", "sample_trials"]
 
@@ -55,11 +56,11 @@ class Recordings(Mapping[str, Recording]):
                     f"{other.bin_width:g} s",
                     "bin all recordings alike (dynamics are learned per bin)",
                 )
-            if num_inputs_of(other) != num_inputs_of(first):
+            if other.num_inputs != first.num_inputs:
                 raise checks.fail(
                     other.name,
-                    f"as many dims of inputs as {first.name!r} has ({num_inputs_of(first)})",
-                    f"{num_inputs_of(other)}",
+                    f"as many dims of inputs as {first.name!r} has ({first.num_inputs})",
+                    f"{other.num_inputs}",
                     "give every recording the same inputs (zeros where there was none)",
                 )
         self.truth = dict(truth or {})
@@ -240,6 +241,16 @@ class Recordings(Mapping[str, Recording]):
         """
         windows = {name: slice(*window_of(name, start, stop, rec.num_bins)) for name, rec in self.items()}
         return self._with((recording.crop(start, stop) for recording in self.values()), time=windows)
+
+    def smooth(self, sd_s: float) -> Recordings:
+        """All recordings smoothed over time by a Gaussian of `sd_s` seconds; see `Recording.smooth`.
+
+        Example:
+            >>> recs = Recordings([Recording(name, np.ones((8, 50, 3)), bin_width=0.02) for name in "ab"])
+            >>> recs.smooth(0.05)["b"].has_counts
+            False
+        """
+        return self._with(recording.smooth(sd_s) for recording in self.values())
 
     def summary(self) -> xr.Dataset:
         """A table of the recordings, and a warning for each one with something that will hurt a fit.

@@ -10,7 +10,7 @@ from typing import Any, Literal
 import numpy as np
 import xarray as xr
 
-from pyro_metassm._recording import generator_of
+from pyro_metassm._selecting import generator_of
 from pyro_metassm.recordings import Recording, Recordings
 
 Flow = Callable[[np.ndarray], np.ndarray]

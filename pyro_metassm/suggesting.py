@@ -19,8 +19,8 @@ from tqdm.auto import tqdm
 from pyro_metassm import _checks as checks
 from pyro_metassm import _machine as machine
 from pyro_metassm._mean_rates import mean_forecasts, mean_rates
-from pyro_metassm._recording import generator_of
 from pyro_metassm._scores import ratio, spike_information
+from pyro_metassm._selecting import generator_of
 from pyro_metassm.draws import forecast_trials
 from pyro_metassm.guides import DKF
 from pyro_metassm.likelihoods import Gaussian, Likelihood, Poisson

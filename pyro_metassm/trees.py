@@ -170,4 +170,7 @@ def _constant_data(recording, rows, bins, coords, truth) -> xr.Dataset:
                     tuple("truth_dim" if d == "latent_dim" else d for d in variable.dims),
                 )
             data[f"true_{name}"] = (dims, values)
+    for key, rows in recording.attrs.get("neurons", {}).items():
+        if key not in data | coords | extra and rows.ndim == 1:
+            extra[key] = ("neuron", rows)
     return xr.Dataset(data, coords | extra)

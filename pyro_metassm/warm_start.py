@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -21,6 +22,9 @@ from pyro_metassm.recordings import Batch, Recordings
 from pyro_metassm.windows import TiedFrames, Windows, growing
 
 LOOK = 10  # steps between two looks at the loss: a look makes the host wait for a GPU
+NUMBERS = (
+    2**29
+)  # observations that the start holds at a time, padding included; of larger pools it takes some trials
 
 
 def initialise(
@@ -52,7 +56,7 @@ def initialise(
 
 def _initialise(model, guide, recs, num_steps, seed, device, on_step) -> None:
     dtype = model.process_noise.log_scale.dtype
-    batch = recs.batch(model.names, dtype=dtype, device=device)
+    batch = recs.batch(model.names, trials=starting_trials(recs), dtype=dtype, device=device)
     with torch.no_grad():
         seen = batch.mask & batch.held_in[:, None, None, :]
         bins = seen.any(-1)  # (R, K, T)
@@ -75,6 +79,17 @@ def _initialise(model, guide, recs, num_steps, seed, device, on_step) -> None:
         _write_noise(model, guide, z, bins, batch)
     write_read_outs(model, stage.frame, stage.offset, batch)
     fit_read_outs(model, z, batch, rng, num_steps=40, afresh=False)
+
+
+def starting_trials(recs: Recordings) -> dict[str, np.ndarray]:
+    """The trials to start from: all, or as many of each recording, spread over it, as ``NUMBERS`` have room for."""
+    size = max(r.num_bins for r in recs.values()) * max(r.num_neurons for r in recs.values())
+    most = max(1, NUMBERS // (len(recs) * size))
+    return {
+        name: np.linspace(0, r.num_trials - 1, most).round().astype(np.int64)
+        for name, r in recs.items()
+        if r.num_trials > most
+    }
 
 
 def _comparable_rows(model, batch: Batch) -> list[Tensor]:

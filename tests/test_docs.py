@@ -93,6 +93,44 @@ def test_the_edits(monkeypatch):
     assert namespace["weights"].dims == ("chain", "draw", "neuron_of_all", "latent_dim")
 
 
+def test_the_loaders(tmp_path, monkeypatch):
+    """docs/loading.md, in one namespace: the files of public data sets are small ones of their layouts."""
+    pytest.importorskip("pynwb")
+    pytest.importorskip("zarr")
+    import h5py
+    import nwb_layouts as layouts
+    from scipy.io import savemat
+
+    monkeypatch.chdir(tmp_path)
+    rng = np.random.default_rng(0)
+    layouts.centre_out(tmp_path / "sub-C_ses-CO-20131003_behavior+ecephys.nwb")
+    layouts.maze(tmp_path / "sub-Jenkins_ses-20090912_behavior+ecephys.nwb")
+    layouts.benchmark(tmp_path / "sub-Jenkins_ses-full_desc-train_behavior+ecephys.nwb")
+    trials = [{"spikes": rng.poisson(1.0, (3, bins)), "hand": np.ones((2, bins))} for bins in (5, 8)]
+    savemat("session.mat", {"trials": trials})
+    for name, keys in (
+        ("train_input", ["train_spikes_heldin", "train_spikes_heldout"]),
+        ("eval_input", ["eval_spikes_heldin"]),
+        ("target", ["eval_spikes_heldout", "eval_spikes_heldin_forward", "eval_spikes_heldout_forward"]),
+    ):
+        with h5py.File(f"{name}.h5", "w") as file:
+            holder = file.create_group("mc_maze_small_20") if name == "target" else file
+            for key in keys:
+                holder[key] = rng.poisson(1.0, (4, 5 if "forward" in key else 9, 3))
+    text = (ROOT / "docs" / "loading.md").read_text()
+    quick = {"num_steps=400": "num_steps=2, warm_start_steps=2, progress=False"}
+    assert all(long in text for long in quick)
+    namespace: dict = {}
+    torch.manual_seed(0)
+    for block in re.findall(r"```python\n(.*?)```", text, re.DOTALL):
+        for long, short in quick.items():
+            block = block.replace(long, short)
+        exec(compile(block, "loading.md", "exec"), namespace)
+    assert namespace["centre_out"].num_bins == 35 and namespace["benchmark"].held_out_neurons.any()
+    assert namespace["counts"][0, :, 0].tolist() == [0, 0, 0, 1, 0, 0, 1] and namespace["forward"] == 5
+    assert namespace["fit"].names == namespace["recs"].names and namespace["smooth"].num_trials == 48
+
+
 def kept(function, results):
     def call(*args, **kwargs):
         results.append(function(*args, **kwargs))

@@ -11,7 +11,8 @@ ROOT = Path(__file__).resolve().parents[1]
 # with a leading underscore are private parts of the modules of their layer.
 LAYERS: tuple[set[str], ...] = (
     {
-        "_attributes", "_batch", "_checks", "_findings", "_interrupts", "_machine", "_recording", "_summary",
+        "_attributes", "_batch", "_checks", "_dataset", "_findings", "_interrupts", "_machine", "_recording",
+        "_selecting", "_smoothing", "_summary",
         "adaptations", "blocks", "capture", "describing", "dims", "distributions", "dynamics", "global_sites", "hooks",
         "io", "likelihoods", "native", "neurons", "observations", "products", "rebuilding", "recordings", "simulate",
         "sites", "specification", "transitions", "writing",
@@ -19,9 +20,9 @@ LAYERS: tuple[set[str], ...] = (
     {"models"},
     {"guides"},
     {
-        "adaptation", "announcing", "checkpoints", "draws", "elbo", "few_shot", "for_arviz", "frames", "history", "joining",
-        "keeping", "optimizers", "posterior", "read_outs", "result", "resuming", "rollouts", "saving", "trainer",
-        "training", "trees", "warm_start", "windows",
+        "adaptation", "announcing", "checkpoints", "draws", "elbo", "few_shot", "for_arviz", "frames", "history",
+        "joining", "keeping", "optimizers", "posterior", "read_outs", "result", "resuming", "rollouts", "saving",
+        "trainer", "training", "trees", "warm_start", "windows",
     },
     {
         "_by_recording", "_calibration_plot", "_decoding", "_draw_scores", "_embedding_plot", "_flow_plots",

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from pyro_metassm import _checks as checks
-from pyro_metassm import baselines, io, metrics
+from pyro_metassm import baselines, metrics
 from pyro_metassm.adaptation import adapt
-from pyro_metassm.experiments import adapting_report, files, report
+from pyro_metassm.experiments import adapting_report, files, reading, report
 from pyro_metassm.neurons import NeuronTable
 from pyro_metassm.observations import counted
 from pyro_metassm.posterior import forecast, posterior
@@ -28,6 +28,7 @@ def run(
     new: Sequence[str | Path],
     out: str | Path,
     *,
+    bins: Mapping[str, Any] | None = None,
     num_trials: int = 8,
     num_steps: int = 100,
     train: Collection[str] = ("read_in", "read_out"),
@@ -49,7 +50,7 @@ def run(
 
     Args:
         run: folder that ``metassm fit`` or ``Fit.save`` wrote.
-        new: ``.npz`` or netCDF files, one recording each.
+        new: files as :func:`files.run` takes them, and ``bins`` for those in NWB.
         out: folder to write into: ``fit/`` (adapted from ``num_trials``), ``adaptation.csv``, ``metrics.json``,
             ``posterior.nc``, ``forecast.nc`` and pictures.
         num_trials: trials of each recording to adapt from, at most; they also make the decoder and the null model of
@@ -79,7 +80,7 @@ def run(
     seconds: dict[str, float] = {}
     with report.timed(seconds, "read"):
         known = files.load_fit(run, device)
-        recs = Recordings([io.read(path) for path in new])
+        recs = reading.recordings(new, bins)
         recs.summary()  # warns of what will hurt
         for recording in recs.values():
             known.model.observation.check(recording)  # the test trials as well

@@ -11,7 +11,7 @@ import numpy as np
 import xarray as xr
 
 from pyro_metassm import simulate
-from pyro_metassm._recording import generator_of
+from pyro_metassm._selecting import generator_of
 from pyro_metassm.experiments.systems import Family
 from pyro_metassm.recordings import Recording, Recordings
 

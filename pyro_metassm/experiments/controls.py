@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import xarray as xr
 
-from pyro_metassm._recording import generator_of
+from pyro_metassm._selecting import generator_of
 from pyro_metassm.experiments.systems import together
 from pyro_metassm.recordings import Recording, Recordings
 

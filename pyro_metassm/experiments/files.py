@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from pyro_metassm import io, likelihoods, metrics, saving
-from pyro_metassm.experiments import report
+from pyro_metassm import likelihoods, metrics, saving
+from pyro_metassm.experiments import reading, report
 from pyro_metassm.guides import DKF
 from pyro_metassm.likelihoods.base import is_family
 from pyro_metassm.models import MetaSSM
@@ -32,6 +32,7 @@ def run(
     files: Sequence[str | Path],
     out: str | Path,
     *,
+    bins: Mapping[str, Any] | None = None,
     latent_dim: int = 8,
     embedding_dim: int = 2,
     rank: int = 2,
@@ -50,8 +51,9 @@ def run(
     """Fit recordings from files together and write what was found.
 
     Args:
-        files: ``.npz`` or xarray netCDF files, one recording each (see :mod:`pyro_metassm.io`).
+        files: ``.npz``, xarray netCDF or ``.nwb`` files of one recording each, or ``.zarr`` (:mod:`pyro_metassm.io`).
         out: folder to write into.
+        bins: how NWB files are binned: arguments of :func:`pyro_metassm.read_nwb`.
         latent_dim, embedding_dim, rank: sizes of the model.
         likelihood: name of a family of ``pyro_metassm.likelihoods``, such as "negative-binomial" or "gamma"; None:
             Poisson for counts, else Gaussian.
@@ -76,7 +78,7 @@ def run(
     out = report.folder(out)
     seconds: dict[str, float] = {}
     with report.timed(seconds, "read"):
-        recs = Recordings([io.read(path) for path in files])
+        recs = reading.recordings(files, bins)
         recs.summary()  # warns of what will hurt
         train, test = recs.split(test_fraction=test_fraction, seed=seed)
     family = FAMILIES[likelihood] if likelihood else likelihood_of(recs)

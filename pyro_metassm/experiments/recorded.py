@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from pyro_metassm import io
-from pyro_metassm._recording import generator_of
+from pyro_metassm._selecting import generator_of
 from pyro_metassm.recordings import Recording
 
 WHERE = {
