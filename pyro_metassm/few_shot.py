@@ -29,13 +29,14 @@ from pyro_metassm.windows import LENGTHS, TiedFrames, Windows, growing, roll_out
 JITTER = 0.15  # sd of the embeddings of the starts around those of known recordings, in their spread
 FLOOR = 0.002  # roll-out error, in variances, below which errors are the fitted family's own
 ENCODED = 400  # bins of each recording that a step infers the embedding from
+ROUGHLY = 128  # the same while there are many starts: most of the arithmetic is theirs
 SIMULATED = 16  # trials, at most, whose canonical frame is a start
 ELEMENTS = 2**26  # numbers at a time while starts are judged, for the memory
 LOOK = 10  # steps between two looks at the error: a look makes the host wait for a GPU
 SCREENED = 24  # windows of each recording that starts are judged by
 STAGES = (
-    (96, 8, 3e-2),
-    (24, 16, 3e-2),
+    (96, 4, 3e-2),
+    (24, 8, 3e-2),
     (8, 32, 1e-2),
 )  # (starts kept, windows a step, learning rate): many are judged again once they have moved
 
@@ -197,14 +198,20 @@ class _Search(TiedFrames):
         return _Search(*self.arguments, *(torch.cat(pair).detach() for pair in pairs))
 
     def errors(self, num_windows: int, length: int, rng: torch.Generator) -> tuple[Tensor, Tensor]:
-        """Roll-out errors ``(S, R)`` and inferred embeddings ``(S, R, embedding_dim)``."""
+        """Roll-out errors ``(S, R)`` and inferred embeddings ``(S, R, embedding_dim)``.
+
+        Of many starts most are given up: their embeddings are inferred from fewer bins, and held in a step's gradient.
+        """
         model, guide = self.parts
+        last = len(self.frame) <= STAGES[1][0]
         trials, bins = self.windows.w.shape[1:3]
         count = min(4, trials)
-        w, seen = self.windows.crops(count, min(bins, max(1, ENCODED // count)), rng)
+        encoded = (ENCODED if last else ROUGHLY) // count
+        w, seen = self.windows.crops(count, min(bins, max(1, encoded)), rng)
         z = self.states(w)
         many = z.shape[:2]
-        mean, _ = guide.encode_embedding(z.flatten(0, 1), seen.repeat(many[0], 1, 1, 1))
+        with torch.set_grad_enabled(last and torch.is_grad_enabled()):
+            mean, _ = guide.encode_embedding(z.flatten(0, 1), seen.repeat(many[0], 1, 1, 1))
         e = mean.mean(1).unflatten(0, many)
         dynamics = model.dynamics_of(e.unsqueeze(-2), self.recording)
         return self.roll_out_error(dynamics, *self.windows.draw(num_windows, length, rng)), e

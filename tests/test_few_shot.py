@@ -238,7 +238,7 @@ def test_the_true_frames_are_found_up_to_the_symmetries_of_the_family(fit):
 def test_a_seed_gives_the_same_frames_whatever_the_memory(fit, monkeypatch):
     """Starts judged a few at a time: other draws, the same answer."""
     recs = family.recordings([1.4], num_trials=3, seed=2, prefix="new ")
-    size = {"num_starts": 34, "num_steps": 30}
+    size = {"num_starts": 34, "num_steps": 60}
     arguments, maps = problem(fit, recs)
     one, again = searched(fit, arguments, **size), searched(fit, arguments, **size)
     assert torch.equal(one.frame, again.frame) and torch.equal(one.error, again.error)
