@@ -14,18 +14,18 @@ from pyro_metassm.trainer import Trainer
 
 
 def test_no_tensor_of_a_step_stays(monkeypatch, tmp_path):
-    """After every tenth step there are as many tensors as after the tenth, with validation and states in between."""
+    """After every fifth step there are as many tensors as after the fifth, with validation and states in between."""
     recs, counted, original = recordings(), [], Trainer.take_step
 
     def take_step(self):
-        if self.step and self.step % 10 == 0:
+        if self.step and self.step % 5 == 0:
             gc.collect()
             counted.append(sum(issubclass(type(o), torch.Tensor) for o in gc.get_objects()))
         original(self)
 
     monkeypatch.setattr(Trainer, "take_step", take_step)
     options = {"validation": recs, "validation_every": 3, "checkpoint": tmp_path, "checkpoint_every": 4}
-    pm.fit(*parts(recs), recs, **(QUICK | options | {"num_steps": 41}))
+    pm.fit(*parts(recs), recs, **(QUICK | options | {"num_steps": 21}))
     assert len(counted) == 4 and max(counted) <= counted[0]
 
 
