@@ -126,6 +126,8 @@ def fit_restarts(
     with it. What stays apart are frames that differ between recordings, and embeddings that differ by a bend. At most
     ``embedding_dim + 1`` recordings can always be mapped onto each other: a warning says so.
 
+    Ctrl-C ends the restart that runs, and leaves those after it out.
+
     Args:
         model, guide: what to fit; left as they are. Parameters that do not require a gradient are kept.
         recs: training recordings.
