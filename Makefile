@@ -4,6 +4,7 @@
 #   make test             the default tests              ARGS="tests/test_x.py -k name" narrows them
 #   make test-slow        the slow tests alone
 #   make test-new-python  the default tests on Python 3.12 or 3.13, in .venv-new    NEW_PYTHON=... chooses
+#   make fuzz          100,000 hostile files, for every reader      FUZZ_CASES=1000 for fewer
 #   make lint types       ruff, mypy
 #   make notebooks        run every notebook in its short form; notebooks-new-python on the newer Python
 #   make wheel-check      build the wheel, install it apart from this tree, import every module of it
@@ -19,6 +20,7 @@ VENV ?= .venv
 NEW_VENV ?= .venv-new
 WORKERS ?= 2
 ARGS ?=
+FUZZ_CASES ?= 100000
 
 BIN := $(VENV)/bin
 # One thread for each process: small recurrent products are slower on two.
@@ -26,7 +28,7 @@ ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1
 NOTEBOOKS := $(sort $(wildcard notebooks/*.ipynb))
 BENCHMARKS := $(sort $(filter-out tests/benchmarks/_%,$(wildcard tests/benchmarks/*.py)))
 
-.PHONY: help venv demo test test-slow test-new-python lint types notebooks notebooks-new-python wheel-check bench clean distclean
+.PHONY: help venv demo test test-slow fuzz test-new-python lint types notebooks notebooks-new-python wheel-check bench clean distclean
 
 help:
 	@sed -n '/^#   make/s/^#   //p' Makefile
@@ -71,6 +73,9 @@ test-slow: venv
 
 test-new-python: $(NEW_VENV)/.installed
 	$(ONE_THREAD) $(NEW_VENV)/bin/python -m pytest -n $(WORKERS) $(ARGS)
+
+fuzz: venv
+	$(ONE_THREAD) $(BIN)/python tests/reliability/fuzz.py --cases $(FUZZ_CASES)
 
 lint: venv
 	$(BIN)/ruff check .
