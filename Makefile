@@ -6,6 +6,7 @@
 #   make test-lowest      the default tests with the oldest versions that are supported, in .venv-lowest
 #   make reliability      fits killed 50 times, a full disk, memory over 10,000 steps: minutes; tests/reliability/README.md
 #   make test-new-python  the default tests on Python 3.12 or 3.13, in .venv-new    NEW_PYTHON=... chooses
+#   make fuzz             100,000 hostile files, for every reader      FUZZ_CASES=1000 for fewer
 #   make lint types       ruff, mypy
 #   make notebooks        run every notebook in its short form; notebooks-new-python on the newer Python
 #   make wheel-check      build the wheel, install it apart from this tree, import every module of it
@@ -26,6 +27,7 @@ LOCKED_VENV ?= .venv-locked
 SBOM_VENV ?= .venv-sbom
 WORKERS ?= 2
 ARGS ?=
+FUZZ_CASES ?= 100000
 
 BIN := $(VENV)/bin
 # One thread for each process: small recurrent products are slower on two.
@@ -33,7 +35,7 @@ ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1
 NOTEBOOKS := $(sort $(wildcard notebooks/*.ipynb))
 BENCHMARKS := $(sort $(filter-out tests/benchmarks/_%,$(wildcard tests/benchmarks/*.py)))
 
-.PHONY: help venv demo demo-locked sbom test test-slow test-new-python test-lowest reliability lint types notebooks notebooks-new-python wheel-check bench clean distclean
+.PHONY: help venv demo demo-locked sbom test test-slow test-new-python test-lowest reliability fuzz lint types notebooks notebooks-new-python wheel-check bench clean distclean
 
 help:
 	@sed -n '/^#   make/s/^#   //p' Makefile
@@ -114,6 +116,9 @@ reliability: venv
 	$(BIN)/python tests/reliability/kills.py --kills 50
 	$(BIN)/python tests/reliability/memory.py --num-steps 10000
 	$(BIN)/python tests/reliability/full_disk.py
+
+fuzz: venv
+	$(ONE_THREAD) $(BIN)/python tests/reliability/fuzz.py --cases $(FUZZ_CASES)
 
 lint: venv
 	$(BIN)/ruff check .

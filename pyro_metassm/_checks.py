@@ -247,6 +247,8 @@ def series_of(name: str, what: str, value: Any, num_bins: int, lengths: np.ndarr
 
 def labels_of(name: str, what: str, value: Any, size: int) -> np.ndarray:
     """Labels `(size,)`: numbers as they came, text as the narrowest str dtype (as files give it back)."""
+    if isinstance(value, (list, tuple)) and value and all(isinstance(item, str) for item in value):
+        value = texts(name, what, list(value))
     array = as_numpy(value)
     if array.shape != (size,):
         raise fail(name, f"{what} of shape ({size},)", f"shape {array.shape}", "pass one label each")

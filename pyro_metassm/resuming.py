@@ -32,6 +32,8 @@ def check_state(header: dict, tensors: dict[str, torch.Tensor], trainer) -> None
     parameters = dict(enumerate(p for g in trainer.optimizer.param_groups for p in g["params"]))
     for key, value in tensors.items():
         part, _, rest = key.partition(".")
+        if part != "history" and value.is_floating_point() and not bool(value.isfinite().all()):
+            raise ValueError(f"{key}: needed finite numbers, got others")
         if part == "history" and (value.dim() != 1 or len(value) > step):
             raise ValueError(f"{key}: needed at most {step} numbers, got shape {tuple(value.shape)}")
         if part == "optimizer":

@@ -64,6 +64,7 @@ def run(name: str, first: int, last: int, folder: Path) -> dict:
         "kinds": Counter(),
         "failures": [],
         "worst_seconds": 0.0,
+        "worst_growth": 0,
         "peak": 0,
     }
     started, progress = time.perf_counter(), folder / "progress"
@@ -89,7 +90,7 @@ def run(name: str, first: int, last: int, folder: Path) -> dict:
         for key in ("outcomes", "kinds"):
             total[key].update(report.get(key, {}))
         total["failures"] += report["failures"]
-        for key in ("worst_seconds", "peak"):
+        for key in ("worst_seconds", "worst_growth", "peak"):
             total[key] = max(total[key], report.get(key, 0))
     return total | {"seconds": time.perf_counter() - started}
 
@@ -124,14 +125,14 @@ def main() -> int:
     folder.mkdir()
     figures = {}
     print(
-        f"{'target':<12}{'cases':>8}{'read':>8}{'refused':>9}{'failed':>8}{'s':>8}{'worst s':>9}{'peak MiB':>10}"
+        f"{'target':<12}{'cases':>8}{'read':>8}{'refused':>9}{'failed':>8}{'s':>8}{'worst s':>9}{'more MiB':>10}"
     )
     for name, count in counts.items():
         found = figures[name] = run(name, args.first, args.first + count, folder)
         outcomes = found["outcomes"]
         print(
             f"{name:<12}{found['cases']:>8}{outcomes['read']:>8}{outcomes['refused']:>9}{len(found['failures']):>8}"
-            f"{found['seconds']:>8.0f}{found['worst_seconds']:>9.2f}{found['peak'] / 2**20:>10.0f}",
+            f"{found['seconds']:>8.0f}{found['worst_seconds']:>9.2f}{found['worst_growth'] / 2**20:>10.0f}",
             flush=True,
         )
         print(f"            refused for: {dict(found['kinds'].most_common(12))}")
