@@ -176,7 +176,7 @@ def test_no_cycle_where_all_comes_to_rest():
 # ---- what belongs together -------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("seed", range(8))
+@pytest.mark.parametrize("seed", range(60))
 def test_points_are_assigned_as_enumeration_does(seed):
     rng = np.random.default_rng(seed)
     known, found, gate = (

@@ -37,17 +37,17 @@ def test_a_pitchfork_has_three_branches():
     """Duffing from b = -0.5 to 0.5 (a = -1): wells at ``sqrt(-b / c)`` up to s = 0.5, a saddle that becomes stable."""
     fit = fit_of(Duffing, {"x": (-1.0, 0.0)}, initial_sd=2.5)
     path = [np.array([-1.0, -0.5]), np.array([-1.0, 0.5])]
-    found = pm.analysis.bifurcation(fit, path, num_points=12, with_cycles=False).isel(draw=0)
+    found = pm.analysis.bifurcation(fit, path, num_points=20, with_cycles=False).isel(draw=0)
     s = found["s"].values
-    assert found["count"].values.tolist() == [3] * 6 + [1] * 6 and found.sizes["branch"] == 3
+    assert found["count"].values.tolist() == [3] * 10 + [1] * 10 and found.sizes["branch"] == 3
     x = found["position"].values[..., 0]
     middle = int(np.abs(np.nanmean(x, 0)).argmin())
     assert np.abs(x[:, middle]).max() < 1e-6
-    wells = np.sort(np.delete(x, middle, 1)[:6], 1)
-    assert wells == pytest.approx(np.sqrt((0.5 - s[:6]) / 0.1)[:, None] * [-1, 1], abs=1e-6)
-    # The rate of the middle is -1/2 + sqrt(1/4 - b), 0 at b = 0: bent over a step of 1/11 by less than 1/11^2.
+    wells = np.sort(np.delete(x, middle, 1)[:10], 1)
+    assert wells == pytest.approx(np.sqrt((0.5 - s[:10]) / 0.1)[:, None] * [-1, 1], abs=1e-6)
+    # The rate of the middle is -1/2 + sqrt(1/4 - b), 0 at b = 0: bent over a step of 1/19 by less than 1/19^2.
     crossing = found["crossing"].values[middle]
-    assert crossing[np.isfinite(crossing)] == pytest.approx([0.5], abs=1 / 11**2)
+    assert crossing[np.isfinite(crossing)] == pytest.approx([0.5], abs=1 / 19**2)
     assert found["crossing_frequency"].values[middle, 0] == 0
     assert "period" not in found
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +15,7 @@ import xarray as xr
 from torch import Tensor
 
 from pyro_metassm import _checks as checks
+from pyro_metassm import _machine as machine
 from pyro_metassm.draws import global_draws, seeded
 from pyro_metassm.dynamics import AdaptedMLP
 from pyro_metassm.models.meta_ssm import MetaSSM
@@ -172,6 +173,10 @@ class Source:
                 'fit.attrs["bin_width"] = ... (s)'
             )
         return float(width)
+
+    def threads(self) -> AbstractContextManager[None]:
+        """The dynamics on all threads, PyTorch's own operations, which are small here, on one."""
+        return machine.threads(torch.get_num_threads())
 
     def maps(self, place: Place) -> Maps:
         """The dynamics at the draws."""

@@ -85,9 +85,10 @@ def bifurcation(
     ]
     region = _region(source, places, recs)
     s = np.linspace(0.0, 1.0, num_points)
-    found = _fixed_points(source, places, region, seed, s)
-    if with_cycles and source.latent_dim > 1:
-        found = found.merge(_cycles(source, places, region, seed))
+    with source.threads():
+        found = _fixed_points(source, places, region, seed, s)
+        if with_cycles and source.latent_dim > 1:
+            found = found.merge(_cycles(source, places, region, seed))
     found["embedding"] = (("draw", "point", "embedding_dim"), draws)
     found.attrs.update(scale=region.scale, bin_width=source.bin_width)
     return found.assign_coords(s=("point", s))

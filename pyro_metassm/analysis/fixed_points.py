@@ -90,11 +90,12 @@ def fixed_points(
     checks.integers(num_starts=num_starts)
     source = Source("fixed_points", fit, at, num_draws, seed)
     parts = []
-    for place in source.places:
-        region = visited(source, place, recs)
-        of_mean = find(source.maps_of_mean(place), region, STARTS_OF_MEAN, seed)[0]
-        found = find(source.maps(place), region, num_starts, seed, of_mean.position)
-        parts.append(_dataset(source, place, region, of_mean, found))
+    with source.threads():
+        for place in source.places:
+            region = visited(source, place, recs)
+            of_mean = find(source.maps_of_mean(place), region, STARTS_OF_MEAN, seed)[0]
+            found = find(source.maps(place), region, num_starts, seed, of_mean.position)
+            parts.append(_dataset(source, place, region, of_mean, found))
     return source.stacked(parts, MISSING)
 
 

@@ -96,12 +96,13 @@ def limit_cycles(
     if source.latent_dim < 2:
         raise ValueError("limit_cycles: needed two latents or more, got 1: there are no cycles on a line")
     parts = []
-    for place in source.places:
-        region = visited(source, place, recs)
-        given: dict[str, Any] = {"num_bins": num_bins, "longest": longest, "seed": seed}
-        of_mean = find(source.maps_of_mean(place), region, STARTS_OF_MEAN, **given)[0]
-        found = find(source.maps(place), region, num_starts, **given, more=of_mean.path[:, 0])
-        parts.append(_dataset(source, region, of_mean, found))
+    with source.threads():
+        for place in source.places:
+            region = visited(source, place, recs)
+            given: dict[str, Any] = {"num_bins": num_bins, "longest": longest, "seed": seed}
+            of_mean = find(source.maps_of_mean(place), region, STARTS_OF_MEAN, **given)[0]
+            found = find(source.maps(place), region, num_starts, **given, more=of_mean.path[:, 0])
+            parts.append(_dataset(source, region, of_mean, found))
     return source.stacked(parts, {"stable": False, "probability": 0.0})
 
 
