@@ -20,7 +20,8 @@ LAYERS: tuple[set[str], ...] = (
     {"guides"},
     {
         "adaptation", "checkpoints", "draws", "elbo", "few_shot", "for_arviz", "frames", "history", "joining",
-        "keeping", "optimizers", "posterior", "read_outs", "result", "rollouts", "saving", "training", "trees",
+        "keeping", "linear_systems", "optimizers", "posterior", "read_outs", "result", "rollouts", "saving", "smoothing",
+        "teaching", "training", "trees",
         "warm_start", "windows",
     },
     {

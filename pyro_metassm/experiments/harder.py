@@ -65,11 +65,14 @@ class Variant:
 def variants(base: Settings) -> dict[str, Variant]:
     """All of them, of the size of a bifurcation study; its family gives the numbers of trials and bins."""
 
-    def changed(label: str, **family: Any) -> Variant:
+    def changed(label: str, base: Settings = base, **family: Any) -> Variant:
         return Variant(label, replace(base, family=replace(base.family, **family)))
 
     neurons = (base.family.num_neurons[1],) * 2
-    counts: dict[str, Any] = {"noise": "poisson", "num_neurons": neurons}
+    # States of counts are uncertain bin by bin. A guide whose bins are independent given the data then teaches dynamics
+    # that are too slow, and contexts of forecasts are rare in its training: SVI loses what the start had.
+    started = replace(base, steps=replace(base.steps, num_steps=0))
+    counts: dict[str, Any] = {"base": started, "noise": "poisson", "num_neurons": neurons}
     sizes = {name: getattr(base.family, name) for name in Family.__dataclass_fields__}
     lorenz = replace(
         base,
