@@ -19,9 +19,8 @@ from pyro_metassm.frames import canonical_frames
 from pyro_metassm.guides.base import AmortizedGuide
 from pyro_metassm.likelihoods import Likelihood, Mixed
 from pyro_metassm.likelihoods.mixed import Families
-from pyro_metassm.linear_systems import through_linear_systems
+from pyro_metassm.linear_systems import noisy_counts, through_linear_systems
 from pyro_metassm.neurons import NeuronTable
-from pyro_metassm.observations import of_single_neurons
 from pyro_metassm.read_outs import ReadOutPrior, fit_read_outs, kinds_of, rows_of, second_moments
 from pyro_metassm.rebuilding import for_recordings, joined, tables
 from pyro_metassm.recordings import Batch, Recordings
@@ -212,7 +211,7 @@ def _start(fit, model, guide, new, prior, parts, num_starts, search_steps, seed,
     _requires_grad(model, tables(model, guide)[0])
     fit_read_outs(model, frames.coordinates, batch, rng)
     draws: Tensor | None = None
-    if frames.smoothing > 0 and of_single_neurons(model, batch):
+    if noisy_counts(model, guide, frames, batch):
         linear = through_linear_systems(model, features, frames, bins, batch)
         frames, draws = dataclasses.replace(linear.frames, coordinates=linear.paths), linear.draws
     rows = [

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from pyro_metassm.frames import Frames, canonical_frame
 from pyro_metassm.guides.encoders import smooth
+from pyro_metassm.observations import of_single_neurons
 from pyro_metassm.read_outs import refit_read_outs
 from pyro_metassm.recordings import Batch
 from pyro_metassm.smoothing import Chain, smoothed
@@ -36,8 +37,16 @@ class LinearSystems:
     draws: Tensor
 
 
+def noisy_counts(model, guide, frames: Frames, batch: Batch) -> bool:
+    """Whether these are data that linear systems are for: counts of single neurons, in frames that must be smoothed."""
+    counts = all(bool(guide.read_in.counts[model.neurons.slice(name)].all()) for name in batch.names)
+    return frames.smoothing > 0 and counts and of_single_neurons(model, batch)
+
+
 @torch.no_grad()
-def through_linear_systems(model, features: Tensor, frames: Frames, bins: Tensor, batch: Batch) -> LinearSystems:
+def through_linear_systems(
+    model, features: Tensor, frames: Frames, bins: Tensor, batch: Batch
+) -> LinearSystems:
     """Laplace EM of linear systems, from the frames given; the model's read-outs are those from the new ones.
 
     Args:
@@ -87,7 +96,9 @@ def _regressed(features: Tensor, paths: Tensor, bins: Tensor, smoothing: float) 
     x = _with_one(smooth(features, seen, smoothing) * seen, seen).flatten(1, 2)
     gram = x.mT @ x
     ridge = 1e-4 * gram.diagonal(dim1=-2, dim2=-1).mean(-1)[:, None, None]
-    map_ = torch.linalg.solve(gram + ridge * torch.eye(gram.shape[-1]).to(gram), x.mT @ (paths * seen).flatten(1, 2))
+    map_ = torch.linalg.solve(
+        gram + ridge * torch.eye(gram.shape[-1]).to(gram), x.mT @ (paths * seen).flatten(1, 2)
+    )
     return Frames(map_[:, :-1], map_[:, -1], paths, smoothing).of(features, bins)
 
 

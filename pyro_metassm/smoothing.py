@@ -82,7 +82,9 @@ def _terms(model, chain: Chain, z: Tensor, batch: Batch) -> tuple[Tensor, Tensor
     for r, name in enumerate(batch.names):
         rows = model.read_out.neurons.slice(name)
         c, seen = model.read_out.weight[rows], batch.held_in[r, : batch.num_neurons[r]]
-        predictor = torch.addmm(model.read_out.bias[rows], z[r].flatten(0, 1), c.mT).unflatten(0, z[r].shape[:2])
+        predictor = torch.addmm(model.read_out.bias[rows], z[r].flatten(0, 1), c.mT).unflatten(
+            0, z[r].shape[:2]
+        )
         log_prob, first_order, second_order = (x * seen for x in curvature(model, predictor, batch, r))
         squares = (c.unsqueeze(-1) * c.unsqueeze(-2)).flatten(1)
         log_joint[r] += log_prob.sum((-1, -2), dtype=torch.float64)

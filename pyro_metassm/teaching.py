@@ -21,8 +21,8 @@ def teach(
 ) -> None:
     r"""Maximise ``E log q(z_{a:b} | y_{a:b}, e)`` over stretches of trials, in place; read-ins and embeddings stay.
 
-    With ``z`` from ``p(z | y)`` of whole trials the best ``q`` is ``p(z_{a:b} | y_{a:b})``, whatever the stretch: what a
-    guide must know of the ends of trials and of contexts of forecasts, of which whole trials show it little.
+    With ``z`` from ``p(z | y)`` of whole trials the best ``q`` is ``p(z_{a:b} | y_{a:b})``, whatever the stretch: what
+    a guide must know of the ends of trials and of contexts of forecasts, of which whole trials show it little.
 
     Args:
         model, guide: started.
@@ -32,7 +32,11 @@ def teach(
         rng: of the stretches.
         num_steps: of Adam.
     """
-    fixed = {id(p) for part in (guide.read_in, guide.encode_embedding, guide.global_sites) for p in part.parameters()}
+    fixed = {
+        id(p)
+        for part in (guide.read_in, guide.encode_embedding, guide.global_sites)
+        for p in part.parameters()
+    }
     parameters = [p for p in guide.parameters() if p.requires_grad and id(p) not in fixed]
     if not parameters:
         return
@@ -71,5 +75,7 @@ def _stretch(batch: Batch, trials: slice, bins: slice) -> Batch:
         mask=batch.mask[:, trials, bins],
         time_mask=batch.time_mask[:, trials, bins],
         inputs=None if batch.inputs is None else batch.inputs[:, trials, bins],
-        conditions=None if batch.conditions is None else tuple(c if c is None else c[trials] for c in batch.conditions),
+        conditions=None
+        if batch.conditions is None
+        else tuple(c if c is None else c[trials] for c in batch.conditions),
     )

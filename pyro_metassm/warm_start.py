@@ -16,8 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from pyro_metassm.frames import RIDGE, Frames, canonical_frames
-from pyro_metassm.linear_systems import LinearSystems, through_linear_systems
-from pyro_metassm.observations import of_single_neurons
+from pyro_metassm.linear_systems import LinearSystems, noisy_counts, through_linear_systems
 from pyro_metassm.optimizers import adam, one_cycle
 from pyro_metassm.read_outs import (
     Units,
@@ -76,7 +75,7 @@ def _initialise(model, guide, recs, num_steps, seed, device, on_step) -> None:
     rng = torch.Generator().manual_seed(seed)
     fit_read_outs(model, frames.coordinates, batch, rng)
     linear: LinearSystems | None = None
-    if frames.smoothing > 0 and of_single_neurons(model, batch):
+    if noisy_counts(model, guide, frames, batch):
         batch, features, bins = _some_trials(recs, model, guide, batch, bins, seed)
         linear = through_linear_systems(model, features, frames.of(features, bins), bins, batch)
         frames = linear.frames
@@ -93,18 +92,21 @@ def _initialise(model, guide, recs, num_steps, seed, device, on_step) -> None:
     write_read_in(guide, frames, stage.frame, stage.offset, batch)
     write_read_outs(model, stage.frame, stage.offset, batch)
     with torch.no_grad():
-        _, z, share = guide.common_space(batch)
-        e = guide.embedding_statistics(z, share, batch).unsqueeze(-2).chunk(2, -1)[0]
+        _, z, _ = guide.common_space(batch)
+        e = _embeddings(guide, z, bins, batch)
         if linear is None:
-            _write_noise(model, guide, z, e, bins, batch)
-    if linear is None:
-        fit_read_outs(model, z, batch, rng, num_steps=40, afresh=False)
-    else:
-        with torch.no_grad():
-            draws = _settled(model, e, stage.states(linear.paths), stage.states(linear.draws), batch)
-        fit_read_outs(model, draws, batch, rng, num_steps=40, afresh=False)
-        refit_read_outs(model, draws, batch)
-        teach(model, guide, draws, e, batch, rng)
+            _write_noise(model, guide, z, bins, batch)
+        else:
+            z = _settled(model, e, stage.states(linear.paths), stage.states(linear.draws), batch)
+    fit_read_outs(model, z, batch, rng, num_steps=40, afresh=False)
+    if linear is not None:
+        refit_read_outs(model, z, batch)
+        teach(model, guide, z, e, batch, rng)
+
+
+def _embeddings(guide, z: Tensor, bins: Tensor, batch: Batch) -> Tensor:
+    """``(R, 1, embedding_dim)``."""
+    return guide.embedding_statistics(z, bins.unsqueeze(-1), batch).unsqueeze(-2).chunk(2, -1)[0]
 
 
 def _some_trials(recs: Recordings, model, guide, batch: Batch, bins: Tensor, seed: int):
@@ -279,8 +281,9 @@ def write_read_outs(model, frame: Tensor, offset: Tensor, batch: Batch) -> None:
         read_out.weight[rows] = weight @ frame[r].mT
 
 
-def _write_noise(model, guide, z: Tensor, e: Tensor, bins: Tensor, batch: Batch) -> None:
+def _write_noise(model, guide, z: Tensor, bins: Tensor, batch: Batch) -> None:
     """Process noise from the one-step residuals, first state from the first bins."""
+    e = _embeddings(guide, z, bins, batch)
     both = bins[:, :, 1:] & bins[:, :, :-1]
     if both.any():
         residual = z[:, :, 1:] - model.dynamics_of(e, batch.recording)(z[:, :, :-1])

@@ -20,9 +20,8 @@ LAYERS: tuple[set[str], ...] = (
     {"guides"},
     {
         "adaptation", "checkpoints", "draws", "elbo", "few_shot", "for_arviz", "frames", "history", "joining",
-        "keeping", "linear_systems", "optimizers", "posterior", "read_outs", "result", "rollouts", "saving", "smoothing",
-        "teaching", "training", "trees",
-        "warm_start", "windows",
+        "keeping", "linear_systems", "optimizers", "posterior", "read_outs", "result", "rollouts", "saving",
+        "smoothing", "teaching", "training", "trees", "warm_start", "windows",
     },
     {
         "_calibration_plot", "_embedding_plot", "_flow_plots", "_scores", "analysis", "calibrating", "comparing",

@@ -52,7 +52,7 @@ def test_log_rates_are_nearer_to_the_truth(counts):
 
 
 def test_coordinates_are_canonical_and_frames_are_their_regression(counts):
-    *_, batch, features, bins, frames, _, found = counts
+    *_, features, bins, frames, _, found = counts
     flat = found.paths.flatten(1, 2)
     torch.testing.assert_close(flat.mean(1), torch.zeros(2, 2), rtol=0, atol=1e-3)
     # White up to the ridge of canonical frames.
