@@ -211,7 +211,7 @@ def _start(fit, model, guide, new, prior, parts, num_starts, search_steps, seed,
     _requires_grad(model, tables(model, guide)[0])
     fit_read_outs(model, frames.coordinates, batch, rng)
     draws: Tensor | None = None
-    if noisy_counts(model, guide, frames, batch):
+    if fit.attrs.get("smooth_counts") and noisy_counts(model, guide, frames, batch):
         linear = through_linear_systems(model, features, frames, bins, batch)
         frames, draws = dataclasses.replace(linear.frames, coordinates=linear.paths), linear.draws
     rows = [

@@ -51,6 +51,7 @@ def fit(
     learning_rate: float = 1e-2,
     warm_start: bool = True,
     warm_start_steps: int = 1000,
+    smooth_counts: bool = False,
     validation: Recordings | None = None,
     validation_every: int = 100,
     clip_norm: float = 1.0,
@@ -78,6 +79,9 @@ def fit(
         learning_rate: peak of the cycle; after a warm start the dynamics take a tenth of it.
         warm_start: start from the data; False for a random start.
         warm_start_steps: steps of the dynamics-first stage.
+        smooth_counts: start noisy counts from paths smoothed by linear systems (:mod:`pyro_metassm.linear_systems`),
+            as :func:`pyro_metassm.adapt` then does. Where trials are long and counts few it forecasts far better, best
+            with ``num_steps=0``: SVI loses some of it. Short trials in many latents are worse for it.
         validation: recordings (other trials) whose ELBO, without roll-outs, is taken every ``validation_every`` steps.
         clip_norm: largest norm of the gradient of the ELBO per observed number.
         update_penalty: weight of the squared norm of the embedding's updates of the dynamics, per observed number.
@@ -127,6 +131,7 @@ def fit(
         clip_norm,
         update_penalty,
         seed,
+        smooth_counts,
     )
     model, guide = copy.deepcopy((model, guide))
     model.to(chosen).train(), guide.to(chosen).train()
@@ -170,6 +175,7 @@ class Options:
     clip_norm: float
     update_penalty: float
     seed: int
+    smooth_counts: bool = False
 
 
 class Trainer:
@@ -249,6 +255,7 @@ class Trainer:
             seed=self.options.seed,
             device=self.device,
             on_step=on_step,
+            smooth_counts=self.options.smooth_counts,
         )
         bar.reset(total)
         bar.set_description("fit")
@@ -336,7 +343,8 @@ class Trainer:
             self.history.dataset(**attrs),
             statistics,
             seed=self.options.seed,
-            attrs={"bin_width": self.recs.bin_width, "rollout_error": errors},
+            attrs={"bin_width": self.recs.bin_width, "rollout_error": errors}
+            | ({"smooth_counts": True} if self.options.smooth_counts else {}),
         )
 
 

@@ -46,6 +46,7 @@ def initialise(
     seed: int,
     device: torch.device,
     on_step: Callable[[float], None],
+    smooth_counts: bool = False,
 ) -> None:
     """Start ``model`` and ``guide`` in place from the training data.
 
@@ -59,12 +60,13 @@ def initialise(
         seed: of the windows drawn.
         device: where to compute.
         on_step: called after every step with the roll-out loss, which is read every tenth step.
+        smooth_counts: start noisy counts from the paths of linear systems.
     """
     with guide.global_sites.as_parameters(model):
-        _initialise(model, guide, recs, num_steps, seed, device, on_step)
+        _initialise(model, guide, recs, num_steps, seed, device, on_step, smooth_counts)
 
 
-def _initialise(model, guide, recs, num_steps, seed, device, on_step) -> None:
+def _initialise(model, guide, recs, num_steps, seed, device, on_step, smooth_counts) -> None:
     dtype = model.process_noise.log_scale.dtype
     batch = recs.batch(model.names, dtype=dtype, device=device)
     with torch.no_grad():
@@ -75,7 +77,7 @@ def _initialise(model, guide, recs, num_steps, seed, device, on_step) -> None:
     rng = torch.Generator().manual_seed(seed)
     fit_read_outs(model, frames.coordinates, batch, rng)
     linear: LinearSystems | None = None
-    if noisy_counts(model, guide, frames, batch):
+    if smooth_counts and noisy_counts(model, guide, frames, batch):
         batch, features, bins = _some_trials(recs, model, guide, batch, bins, seed)
         linear = through_linear_systems(model, features, frames.of(features, bins), bins, batch)
         frames = linear.frames
