@@ -13,6 +13,7 @@ from pyro_metassm.optimizers import adam, one_cycle
 from pyro_metassm.recordings import Batch
 
 ELEMENTS = 500_000  # observations a step of the regression
+LEAST = 1.0  # slope or curvature in a neuron's bias, in counts, below which its read-out stays as it is
 
 
 @dataclass(frozen=True)
@@ -185,7 +186,8 @@ def refit_read_outs(model, z: Tensor, batch: Batch, *, num_steps: int = 3, ridge
     """The likeliest read-outs given the states by Newton's steps on all of the data, from where they are, in place.
 
     Exact where :func:`fit_read_outs` takes noisy steps; for families of single neurons, whose own parameters stay.
-    Steps are halved for neurons that they do not help.
+    Steps are halved for neurons that they do not help. Silent neurons, of which there is no likeliest, stay as they
+    are.
 
     Args:
         model: whose ``read_out`` is fitted.
@@ -211,6 +213,8 @@ def refit_read_outs(model, z: Tensor, batch: Batch, *, num_steps: int = 3, ridge
             total = log_prob.sum(0, dtype=torch.float64) - 0.5 * (penalty * change.square()).sum(-1)
             hessian = (second.mT @ squares).unflatten(-1, penalty.shape * 2) + penalty.diag()
             step = torch.linalg.solve(hessian, (slope.mT @ x - penalty * change).unsqueeze(-1)).squeeze(-1)
+            # A neuron that has not fired would go on to minus infinity, a little with every call.
+            step = step * (torch.maximum(second.sum(0), slope.sum(0).abs()) >= LEAST).unsqueeze(-1)
             better = (total > best[2] if best else total == total).unsqueeze(-1)
             share = torch.where(better, (2 * share).clamp(max=1.0), 0.5 * share)
             if best:

@@ -120,6 +120,23 @@ def test_newtons_read_outs_are_those_of_an_optimiser(family):
     np.testing.assert_allclose(model.read_out.bias.detach().numpy(), best[:, 2], atol=1e-5)
 
 
+def test_silent_neurons_stay_as_they_are():
+    """Their likeliest bias is minus infinity; once the rate stands for less than a count they are left alone."""
+    y = np.zeros((2, 30, 2))
+    y[..., 1] = np.arange(30) % 2
+    recs = Recordings([Recording("a", y, bin_width=0.02)])
+    model, batch = started(recs, pm.likelihoods.Poisson)
+    start = np.log(0.5 / 60)
+    with torch.no_grad():
+        model.read_out.weight.zero_(), model.read_out.bias.fill_(start)
+    z = torch.randn(1, 2, 30, 2, dtype=torch.float64)
+    for _ in range(3):
+        refit_read_outs(model, z, batch)
+    bias = model.read_out.bias.detach().numpy()
+    assert bias[0] == start and np.exp(bias[1]) > 0.2
+    assert (model.read_out.weight[0] == 0).all() and (model.read_out.weight[1] != 0).all()
+
+
 def test_joint_likelihoods_are_told_from_those_of_single_neurons():
     model, batch = started(recordings(), pm.likelihoods.LowRankGaussian)
     assert not of_single_neurons(model, batch)
