@@ -101,3 +101,33 @@ def test_a_taught_guide_is_near_what_it_was_taught_and_nothing_else_moves(counts
     assert all(new > old + 0.5 for new, old in zip(after, before, strict=True)), (before, after)
     assert all(torch.equal(a, b) for a, b in zip(fixed, kept, strict=True))
     assert guide.training == trained and all(p.grad is None for p in guide.read_in.parameters())
+
+
+def test_a_fit_that_smooths_counts_is_asked_for_and_remembered():
+    recs = pm.simulate.limit_cycles(
+        [2.5, 5.0, 4.0],
+        num_trials=4,
+        num_steps=25,
+        num_neurons=(15, 15),
+        noise="poisson",
+        mean_count=(0.4, 0.4),
+        gain=1.0,
+    )
+    old, new = recs.drop(["w=4"]), recs.select(["w=4"])
+    torch.manual_seed(0)
+    model = pm.models.MetaSSM(old, latent_dim=2, embedding_dim=1, likelihood=pm.likelihoods.NegativeBinomial)
+    guide, few = (
+        pm.guides.DKF(model, hidden_dim=8),
+        {"num_steps": 0, "warm_start_steps": 2, "progress": False},
+    )
+    plain, fit = pm.fit(model, guide, old, **few), pm.fit(model, guide, old, smooth_counts=True, **few)
+    assert "smooth_counts" not in plain.attrs and fit.attrs["smooth_counts"]
+    assert not torch.equal(plain.model.read_out.weight, fit.model.read_out.weight)
+    adapted = pm.adapt(fit, new, num_steps=0, num_starts=4, search_steps=3, progress=False)
+    assert all(p.isfinite().all() for part in (adapted.model, adapted.guide) for p in part.parameters())
+    # Data that are no counts start as ever.
+    values = [pm.Recording(r.name, r.observations + 0.5, bin_width=r.bin_width) for r in old.values()]
+    model = pm.models.MetaSSM(pm.Recordings(values), latent_dim=2, embedding_dim=1)
+    guide = pm.guides.DKF(model, hidden_dim=8)
+    fits = [pm.fit(model, guide, pm.Recordings(values), smooth_counts=s, **few) for s in (False, True)]
+    assert torch.equal(fits[0].model.read_out.weight, fits[1].model.read_out.weight)
