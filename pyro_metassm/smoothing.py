@@ -52,7 +52,7 @@ def smoothed(model, chain: Chain, z: Tensor, batch: Batch, *, num_steps: int = 3
         better = now[1] > (best[1] if best else -torch.inf)
         share = torch.where(better, (2 * share).clamp(max=1.0), 0.5 * share)
         best = tuple(_chosen(better, *pair) for pair in zip(now, best, strict=True)) if best else now
-        path = GaussianPath(*best[2:], bins)
+        path = GaussianPath(best[2], best[3], best[4], bins)
         if number < num_steps:
             z = best[0] + share[..., None, None] * (path.loc.to(z.dtype) - best[0])
     return path
