@@ -19,6 +19,7 @@ from pyro_metassm.frames import canonical_frames
 from pyro_metassm.guides.base import AmortizedGuide
 from pyro_metassm.likelihoods import Likelihood, Mixed
 from pyro_metassm.likelihoods.mixed import Families
+from pyro_metassm.linear_systems import noisy_counts, through_linear_systems
 from pyro_metassm.neurons import NeuronTable
 from pyro_metassm.read_outs import ReadOutPrior, fit_read_outs, kinds_of, rows_of, second_moments
 from pyro_metassm.rebuilding import for_recordings, joined, tables
@@ -26,6 +27,7 @@ from pyro_metassm.recordings import Batch, Recordings
 from pyro_metassm.result import Fit, embedding_statistics
 from pyro_metassm.trainer import Options, Trainer
 from pyro_metassm.warm_start import natural_frames, write_read_in, write_read_outs
+from pyro_metassm.windows import TiedFrames
 
 PARTS = ("read_in", "read_out", "embedding")
 OF_ONE_FIT = ("skipped", "interrupted_at")  # attributes that tell of the steps of a fit, not of what it found
@@ -205,11 +207,14 @@ def _start(fit, model, guide, new, prior, parts, num_starts, search_steps, seed,
     rng = torch.Generator().manual_seed(seed)
     batch = new.batch(model.names, dtype=fit.dtype, device=fit.device)
     bins = (batch.mask & batch.held_in[:, None, None, :]).any(-1)
-    frames = canonical_frames(
-        guide.read_in.features(batch), bins, model.latent_dim, smoothing=float(guide.smoothing)
-    )
+    features = guide.read_in.features(batch)
+    frames = canonical_frames(features, bins, model.latent_dim, smoothing=float(guide.smoothing))
     _requires_grad(model, tables(model, guide)[0])
     fit_read_outs(model, frames.coordinates, batch, rng)
+    draws: Tensor | None = None
+    if fit.attrs.get("smooth_counts") and noisy_counts(model, guide, frames, batch):
+        linear = through_linear_systems(model, features, frames, bins, batch)
+        frames, draws = dataclasses.replace(linear.frames, coordinates=linear.paths), linear.draws
     rows = [
         prior.units(r.detach(), k) for r, k in zip(rows_of(model, batch), kinds_of(model, batch), strict=True)
     ]
@@ -241,6 +246,7 @@ def _start(fit, model, guide, new, prior, parts, num_starts, search_steps, seed,
     write_read_outs(model, frame, offset, batch)
     with torch.no_grad():
         _, z, _ = guide.common_space(batch)
+        z = z if draws is None else TiedFrames(frame, offset).states(draws)
     fit_read_outs(model, z, batch, rng, num_steps=40, prior=prior, afresh=False)
     model.requires_grad_(False)
     return report

@@ -6,7 +6,7 @@ observed the system, so that similar systems come to lie alike.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -34,6 +34,12 @@ class Frames:
     bias: Tensor
     coordinates: Tensor
     smoothing: float
+
+    def of(self, features: Tensor, bins: Tensor) -> Frames:
+        """The same frames, with the coordinates of other trials: their features ``(R, K, T, N)`` and bins seen."""
+        w = features.flatten(1, 2) @ self.weight + self.bias.unsqueeze(1)
+        seen = bins.unsqueeze(-1).to(w.dtype)
+        return replace(self, coordinates=smooth(w.unflatten(1, bins.shape[1:]), seen, self.smoothing))
 
 
 def canonical_frames(features: Tensor, bins: Tensor, dim: int, smoothing: float | None = None) -> Frames:

@@ -21,6 +21,7 @@ from torch.nn import functional
 
 from pyro_metassm import _machine as machine
 from pyro_metassm.blocks import each_block, everywhere
+from pyro_metassm.recordings import Batch
 
 
 class NeuronNormal(dist.Normal):
@@ -265,6 +266,36 @@ def counted(model, name: str) -> np.ndarray:
     if hasattr(y, "discrete"):
         return y.discrete[0].cpu().numpy()
     return np.full(number, bool(y.support.is_discrete))
+
+
+def of_single_neurons(model, batch: Batch) -> bool:
+    """Whether the likelihood is one of each neuron, not a joint one over the neurons."""
+    predictor = batch.observations.new_zeros(1, 1, 1, batch.width)
+    with torch.no_grad():
+        return not model.likelihood(predictor, batch.recording[:1]).event_shape
+
+
+def curvature(model, predictor: Tensor, batch: Batch, r: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Log densities of a recording's observations by neuron, their slopes and their negative second derivatives.
+
+    By automatic differentiation, for any family of single neurons; zero where nothing was seen, and second derivatives
+    where they are of the wrong sign, so that Newton's steps go uphill.
+
+    Args:
+        model: whose ``likelihood`` it is.
+        predictor: ``(K, T, N)`` of the recording.
+        batch: with the recording.
+        r: its place there.
+    """
+    width = predictor.shape[-1]
+    value, mask = batch.observations[r : r + 1, ..., :width], batch.mask[r : r + 1, ..., :width]
+    with torch.enable_grad():
+        x = predictor.detach().unsqueeze(0).requires_grad_()
+        y = model.likelihood(x, batch.recording[r : r + 1])
+        log_prob = y.log_prob(in_support(y, value, mask)).where(mask, 0.0)
+        (slope,) = torch.autograd.grad(log_prob.sum(), x, create_graph=True)
+        (second,) = torch.autograd.grad(slope.sum(), x)
+    return log_prob[0].detach(), slope[0].detach(), (-second[0]).clamp(min=0.0)
 
 
 def observed(y: TorchDistribution, mask: Tensor) -> TorchDistribution:

@@ -54,6 +54,7 @@ class Options:
     clip_norm: float
     update_penalty: float
     seed: int
+    smooth_counts: bool = False
 
 
 class Trainer:
@@ -135,6 +136,7 @@ class Trainer:
             seed=self.options.seed,
             device=self.device,
             on_step=on_step,
+            smooth_counts=self.options.smooth_counts,
         )
         bar.reset(total)
         bar.set_description("fit")
@@ -267,7 +269,9 @@ class Trainer:
             self.history.dataset(**attrs),
             statistics,
             seed=self.options.seed,
-            attrs={"bin_width": self.recs.bin_width, "rollout_error": errors} | self.notes,
+            attrs={"bin_width": self.recs.bin_width, "rollout_error": errors}
+            | ({"smooth_counts": True} if self.options.smooth_counts else {})
+            | self.notes,
         )
 
 

@@ -35,6 +35,7 @@ def fit(
     learning_rate: float = 1e-2,
     warm_start: bool = True,
     warm_start_steps: int = 1000,
+    smooth_counts: bool = False,
     validation: Recordings | None = None,
     validation_every: int = 100,
     clip_norm: float = 1.0,
@@ -74,6 +75,9 @@ def fit(
         learning_rate: peak of the cycle; after a warm start the dynamics take a tenth of it.
         warm_start: start from the data; False for a random start.
         warm_start_steps: steps of the dynamics-first stage.
+        smooth_counts: start noisy counts from paths smoothed by linear systems (:mod:`pyro_metassm.linear_systems`),
+            as :func:`pyro_metassm.adapt` then does. Where trials are long and counts few it forecasts far better, best
+            with ``num_steps=0``: SVI loses some of it. Short trials in many latents are worse for it.
         validation: recordings (other trials) whose ELBO, without roll-outs, is taken every ``validation_every`` steps.
         clip_norm: largest norm of the gradient of the ELBO per observed number.
         update_penalty: weight of the squared norm of the embedding's updates of the dynamics, per observed number.
@@ -125,6 +129,7 @@ def fit(
         clip_norm,
         update_penalty,
         seed,
+        smooth_counts,
     )
     model, guide = copy.deepcopy((model, guide))
     model.to(chosen).train(), guide.to(chosen).train()

@@ -16,11 +16,24 @@ import torch
 from torch import Tensor, nn
 
 from pyro_metassm.frames import RIDGE, Frames, canonical_frames
+from pyro_metassm.laplace_smoother import Chain, smoothed
+from pyro_metassm.linear_systems import LinearSystems, noisy_counts, through_linear_systems
 from pyro_metassm.optimizers import adam, one_cycle, skip_where
-from pyro_metassm.read_outs import Units, fit_read_outs, kinds_of, rows_of, second_moments
-from pyro_metassm.recordings import Batch, Recordings
+from pyro_metassm.read_outs import (
+    Units,
+    fit_read_outs,
+    kinds_of,
+    refit_read_outs,
+    rows_of,
+    second_moments,
+)
+from pyro_metassm.recordings import Batch, Recordings, sample_trials
+from pyro_metassm.teaching import teach
 from pyro_metassm.windows import TiedFrames, Windows, growing
 
+OBSERVATIONS = 2**25  # smoothed again and again where data are noisy, about,
+LEAST_TRIALS = 8  # but no fewer trials of a recording
+SETTLING = 1  # rounds of smoothing with the learned dynamics
 LOOK = 10  # steps between two looks at the loss: a look makes the host wait for a GPU
 NUMBERS = (
     2**29
@@ -36,6 +49,7 @@ def initialise(
     seed: int,
     device: torch.device,
     on_step: Callable[[float], bool],
+    smooth_counts: bool = False,
 ) -> None:
     """Start ``model`` and ``guide`` in place from the training data.
 
@@ -49,12 +63,13 @@ def initialise(
         seed: of the windows drawn.
         device: where to compute.
         on_step: called after every step with the roll-out loss, which is read every tenth step; true ends the stage.
+        smooth_counts: start noisy counts from the paths of linear systems.
     """
     with guide.global_sites.as_parameters(model):
-        _initialise(model, guide, recs, num_steps, seed, device, on_step)
+        _initialise(model, guide, recs, num_steps, seed, device, on_step, smooth_counts)
 
 
-def _initialise(model, guide, recs, num_steps, seed, device, on_step) -> None:
+def _initialise(model, guide, recs, num_steps, seed, device, on_step, smooth_counts) -> None:
     dtype = model.process_noise.log_scale.dtype
     batch = recs.batch(model.names, trials=starting_trials(recs), dtype=dtype, device=device)
     with torch.no_grad():
@@ -64,21 +79,69 @@ def _initialise(model, guide, recs, num_steps, seed, device, on_step) -> None:
         guide.smoothing.fill_(frames.smoothing)
     rng = torch.Generator().manual_seed(seed)
     fit_read_outs(model, frames.coordinates, batch, rng)
+    linear: LinearSystems | None = None
+    if smooth_counts and noisy_counts(model, guide, frames, batch):
+        batch, features, bins = _some_trials(recs, model, guide, batch, bins, seed)
+        linear = through_linear_systems(model, features, frames.of(features, bins), bins, batch)
+        frames = linear.frames
     stage = DynamicsFirst(
         model,
         guide,
-        frames.coordinates,
+        frames.coordinates if linear is None else linear.paths,
         bins,
         batch.recording,
         tuning=second_moments([r[:, :-1] for r in _comparable_rows(model, batch)]),
+        read=frames.coordinates,
     )
     stage.run(num_steps, rng, on_step)
     write_read_in(guide, frames, stage.frame, stage.offset, batch)
+    write_read_outs(model, stage.frame, stage.offset, batch)
     with torch.no_grad():
         _, z, _ = guide.common_space(batch)
-        _write_noise(model, guide, z, bins, batch)
-    write_read_outs(model, stage.frame, stage.offset, batch)
+        e = _embeddings(guide, z, bins, batch)
+        if linear is None:
+            _write_noise(model, guide, z, bins, batch)
+        else:
+            z = _settled(model, e, stage.states(linear.paths), stage.states(linear.draws), batch)
     fit_read_outs(model, z, batch, rng, num_steps=40, afresh=False)
+    if linear is not None:
+        refit_read_outs(model, z, batch)
+        teach(model, guide, z, e, batch, rng)
+
+
+def _embeddings(guide, z: Tensor, bins: Tensor, batch: Batch) -> Tensor:
+    """``(R, 1, embedding_dim)``."""
+    return guide.embedding_statistics(z, bins.unsqueeze(-1), batch).unsqueeze(-2).chunk(2, -1)[0]
+
+
+def _some_trials(recs: Recordings, model, guide, batch: Batch, bins: Tensor, seed: int):
+    """As many trials as paths are smoothed of: their batch, features, and bins where anything was seen."""
+    number = max(LEAST_TRIALS, OBSERVATIONS // batch.observations[:, 0].numel())
+    if number < batch.num_trials:
+        _, trials = sample_trials(recs, number, np.random.default_rng(seed))
+        like = batch.observations
+        batch = recs.batch(model.names, trials=trials, dtype=like.dtype, device=like.device)
+        bins = (batch.mask & batch.held_in[:, None, None, :]).any(-1)
+    with torch.no_grad():
+        return batch, guide.read_in.features(batch), bins
+
+
+def _settled(model, e: Tensor, paths: Tensor, draws: Tensor, batch: Batch) -> Tensor:
+    """Draws of the paths given the learned dynamics; read-outs, process noise and first states are those of draws."""
+    dynamics = model.dynamics_of(e, batch.recording)
+    exists = batch.time_mask
+    both = exists[:, :, 1:] & exists[:, :, :-1]
+    for number in range(SETTLING + 1):
+        if number:
+            noise, initial = model.process_noise(), model.initial
+            chain = Chain(dynamics, noise.pow(-2).diag(), initial.loc, initial.scale.pow(-2).diag())
+            posterior = smoothed(model, chain, paths, batch)
+            paths, draws = posterior.mean.to(paths), posterior.rsample().to(paths)
+            refit_read_outs(model, draws, batch)
+        error = (draws[:, :, 1:] - dynamics(draws[:, :, :-1])).square()[both].mean(0)
+        model.process_noise.log_scale.copy_(error.sqrt().clamp(0.002, 1.0).log())
+        _write_first_states(model, draws, exists)
+    return draws
 
 
 def starting_trials(recs: Recordings) -> dict[str, np.ndarray]:
@@ -113,6 +176,7 @@ class DynamicsFirst(TiedFrames):
         bins: ``(R, K, T)`` bool, where anything was seen.
         recording: rows ``(R,)`` of the recordings in the model's tables.
         tuning: second moment of every recording's read-outs from ``w``, ``(R, d, d)``.
+        read: coordinates as the guide reads them off the data, from which the embedding is inferred; default ``w``.
     """
 
     num_windows = 32  # per recording and step
@@ -120,13 +184,23 @@ class DynamicsFirst(TiedFrames):
     tuning_weight = 1e-2
     rates = (1e-2, 3e-2)  # peak learning rates of the networks and of the frames
 
-    def __init__(self, model, guide, w: Tensor, bins: Tensor, recording: Tensor, tuning: Tensor):
+    def __init__(
+        self,
+        model,
+        guide,
+        w: Tensor,
+        bins: Tensor,
+        recording: Tensor,
+        tuning: Tensor,
+        read: Tensor | None = None,
+    ):
         frame, tuning = natural_frames(tuning)
         super().__init__(frame, w.new_zeros(w.shape[0], w.shape[-1]))
         self.parts = (model, guide)  # in a tuple: not ours
         self.windows, self.recording, self.tuning = Windows(w, bins), recording, tuning
+        self.read = self.windows if read is None or read is w else Windows(read, bins)
         with torch.no_grad():
-            z = self.states(w)
+            z = self.states(self.read.w)
             step = (z[:, :, 1:] - z[:, :, :-1])[bins[:, :, 1:] & bins[:, :, :-1]]
         if len(step) > 1 and hasattr(guide.encode_embedding, "step_scale"):
             guide.encode_embedding.step_scale.copy_(step.std(0).clamp(min=1e-3))
@@ -170,10 +244,10 @@ class DynamicsFirst(TiedFrames):
     def embedding(self, rng: torch.Generator) -> tuple[Tensor, Tensor]:
         """A draw of every recording's embedding from a few random trials, ``(R, 1, embedding_dim)``, and its KL."""
         _, guide = self.parts
-        trials, bins = self.windows.w.shape[1:3]
+        trials, bins = self.read.w.shape[1:3]
         count = int(torch.randint(1, min(8, trials) + 1, (), generator=rng))
         crop = int(torch.randint(min(50, bins), min(150, bins) + 1, (), generator=rng))
-        w, seen = self.windows.crops(count, crop, rng)
+        w, seen = self.read.crops(count, crop, rng)
         mean, variance = guide.encode_embedding(self.states(w), seen)
         mean, variance = mean.mean(1, keepdim=True), variance.mean(1, keepdim=True)
         e = mean + variance.sqrt() * torch.randn(mean.shape, generator=rng, dtype=mean.dtype).to(mean.device)
@@ -227,8 +301,7 @@ def write_read_outs(model, frame: Tensor, offset: Tensor, batch: Batch) -> None:
 
 def _write_noise(model, guide, z: Tensor, bins: Tensor, batch: Batch) -> None:
     """Process noise from the one-step residuals, first state from the first bins."""
-    statistics = guide.embedding_statistics(z, bins.unsqueeze(-1), batch)
-    e = statistics.unsqueeze(-2).chunk(2, -1)[0]
+    e = _embeddings(guide, z, bins, batch)
     both = bins[:, :, 1:] & bins[:, :, :-1]
     if both.any():
         residual = z[:, :, 1:] - model.dynamics_of(e, batch.recording)(z[:, :, :-1])
@@ -242,6 +315,10 @@ def _write_noise(model, guide, z: Tensor, bins: Tensor, batch: Batch) -> None:
                 guide.start_posterior(torch.maximum(-shared, 0.05 * variance).sqrt())
         noise = torch.maximum(variance + 2 * shared, 0.05 * variance)
         model.process_noise.log_scale.copy_(noise.sqrt().clamp(0.002, 1.0).log())
+    _write_first_states(model, z, bins)
+
+
+def _write_first_states(model, z: Tensor, bins: Tensor) -> None:
     first = z[:, :, 0][bins[:, :, 0]]
     if len(first) > 1:
         model.initial.loc.copy_(first.mean(0))

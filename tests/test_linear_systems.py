@@ -1,0 +1,133 @@
+"""Linear systems of noisy recordings: what they add to kernels and principal components, on data of known truth."""
+
+import numpy as np
+import pytest
+import torch
+
+import pyro_metassm as pm
+from pyro_metassm.frames import canonical_frames
+from pyro_metassm.linear_systems import _linear, through_linear_systems
+from pyro_metassm.read_outs import fit_read_outs
+from pyro_metassm.teaching import teach
+
+
+@pytest.fixture(scope="module")
+def counts():
+    """Few spikes: 40 neurons, 0.2 a bin."""
+    torch.manual_seed(0)
+    recs = pm.simulate.limit_cycles(
+        [2.5, 5.0],
+        num_trials=8,
+        num_steps=80,
+        num_neurons=(40, 40),
+        noise="poisson",
+        mean_count=(0.2, 0.2),
+        gain=1.0,
+    )
+    model = pm.models.MetaSSM(recs, latent_dim=2, embedding_dim=1, likelihood=pm.likelihoods.Poisson)
+    guide = pm.guides.DKF(model, hidden_dim=16)
+    guide.read_in.start(recs, model.observation.kinds)
+    batch = recs.batch(model.names)
+    features, bins = guide.read_in.features(batch), batch.mask.any(-1)
+    frames = canonical_frames(features, bins, 2)
+    fit_read_outs(model, frames.coordinates, batch, torch.Generator().manual_seed(0))
+    before = error(recs, model, frames.coordinates, batch)
+    found = through_linear_systems(model, features, frames, bins, batch)
+    return recs, model, guide, batch, features, bins, frames, before, found
+
+
+@torch.no_grad()
+def error(recs, model, z, batch):
+    """Mean squared error of log rates, in their variance."""
+    y = model.likelihood(model.read_out(z, batch.recording, batch.width), batch.recording)
+    truth = np.log(np.stack([recs.truth[name]["rates"].values for name in batch.names]))
+    return float(np.square(y.mean.log().numpy() - truth).mean() / truth.var((1, 2)).mean())
+
+
+def test_log_rates_are_nearer_to_the_truth(counts):
+    recs, model, _, batch, *_, before, found = counts
+    assert error(recs, model, found.paths, batch) < 0.6 * before
+    # Draws are the paths and their posterior's spread.
+    assert error(recs, model, found.draws, batch) > error(recs, model, found.paths, batch)
+
+
+def test_coordinates_are_canonical_and_frames_are_their_regression(counts):
+    *_, features, bins, frames, _, found = counts
+    flat = found.paths.flatten(1, 2)
+    torch.testing.assert_close(flat.mean(1), torch.zeros(2, 2), rtol=0, atol=1e-3)
+    # White up to the ridge of canonical frames.
+    assert (flat.var(1) < 1.01).all() and (flat.var(1) > 0.7).all()
+    assert found.frames.smoothing == frames.smoothing > 0
+    again = found.frames.of(features, bins).coordinates
+    torch.testing.assert_close(again, found.frames.coordinates)
+    # Least squares leaves what is orthogonal to the smoothed features, the constant among them.
+    left = (found.paths - found.frames.coordinates).flatten(1, 2).mean(1)
+    assert left.abs().max() < 0.02
+
+
+def test_likeliest_linear_system_is_that_of_least_squares():
+    rng = np.random.default_rng(0)
+    z = rng.normal(size=(1, 3, 40, 2)).cumsum(2) * 0.1
+    chain = _linear(torch.tensor(z), torch.ones(1, 3, 40, dtype=torch.bool))
+    x, y = z[0, :, :-1].reshape(-1, 2), z[0, :, 1:].reshape(-1, 2)
+    map_ = np.linalg.lstsq(np.c_[x, np.ones(len(x))], y, rcond=None)[0]
+    state = rng.normal(size=(1, 1, 5, 2))
+    np.testing.assert_allclose(
+        chain.dynamics(torch.tensor(state))[0, 0], state[0, 0] @ map_[:2] + map_[2], atol=1e-3
+    )
+    error = y - np.c_[x, np.ones(len(x))] @ map_
+    np.testing.assert_allclose(
+        torch.linalg.inv(chain.precision[0]), error.T @ error / len(x) + 1e-4 * np.eye(2), atol=1e-5
+    )
+
+
+def test_a_taught_guide_is_near_what_it_was_taught_and_nothing_else_moves(counts):
+    _, model, guide, batch, *_, found = counts
+    e = torch.zeros(2, 1, 1)
+    fixed = [p for part in (model, guide.read_in, guide.encode_embedding) for p in part.parameters()]
+    kept = [p.clone() for p in fixed]
+    trained = guide.training
+
+    def log_prob(stop):
+        part = batch.first_bins(stop)
+        with torch.no_grad():
+            q = guide.eval().latents_posterior(*guide.common_space(part), e, model.path_prior(e, part), part)
+            guide.train(trained)
+            return float(q.log_prob(found.paths[:, :, :stop]).mean()) / stop
+
+    before = [log_prob(stop) for stop in (20, 80)]
+    teach(model, guide, found.draws, e, batch, torch.Generator().manual_seed(0), num_steps=40)
+    after = [log_prob(stop) for stop in (20, 80)]
+    assert all(new > old + 0.5 for new, old in zip(after, before, strict=True)), (before, after)
+    assert all(torch.equal(a, b) for a, b in zip(fixed, kept, strict=True))
+    assert guide.training == trained and all(p.grad is None for p in guide.read_in.parameters())
+
+
+def test_a_fit_that_smooths_counts_is_asked_for_and_remembered():
+    recs = pm.simulate.limit_cycles(
+        [2.5, 5.0, 4.0],
+        num_trials=4,
+        num_steps=25,
+        num_neurons=(15, 15),
+        noise="poisson",
+        mean_count=(0.4, 0.4),
+        gain=1.0,
+    )
+    old, new = recs.drop(["w=4"]), recs.select(["w=4"])
+    torch.manual_seed(0)
+    model = pm.models.MetaSSM(old, latent_dim=2, embedding_dim=1, likelihood=pm.likelihoods.NegativeBinomial)
+    guide, few = (
+        pm.guides.DKF(model, hidden_dim=8),
+        {"num_steps": 0, "warm_start_steps": 2, "progress": False},
+    )
+    plain, fit = pm.fit(model, guide, old, **few), pm.fit(model, guide, old, smooth_counts=True, **few)
+    assert "smooth_counts" not in plain.attrs and fit.attrs["smooth_counts"]
+    assert not torch.equal(plain.model.read_out.weight, fit.model.read_out.weight)
+    adapted = pm.adapt(fit, new, num_steps=0, num_starts=4, search_steps=3, progress=False)
+    assert all(p.isfinite().all() for part in (adapted.model, adapted.guide) for p in part.parameters())
+    # Data that are no counts start as ever.
+    values = [pm.Recording(r.name, r.observations + 0.5, bin_width=r.bin_width) for r in old.values()]
+    model = pm.models.MetaSSM(pm.Recordings(values), latent_dim=2, embedding_dim=1)
+    guide = pm.guides.DKF(model, hidden_dim=8)
+    fits = [pm.fit(model, guide, pm.Recordings(values), smooth_counts=s, **few) for s in (False, True)]
+    assert torch.equal(fits[0].model.read_out.weight, fits[1].model.read_out.weight)
