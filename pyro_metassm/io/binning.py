@@ -39,13 +39,15 @@ def bin_spikes(
         `(events, bins, units)` float32.
 
     Raises:
-        ValueError: A window that is no whole number of bins, events that are not finite, milliseconds.
+        ValueError: No units, a window that is no whole number of bins, events that are not finite, milliseconds.
 
     Example:
         >>> bin_spikes([[0.1, 0.3, 0.35], [0.0]], [0.0], window=(0.0, 0.4), bin_width=0.1)[0].T
         array([[0., 1., 0., 2.],
                [1., 0., 0., 0.]], dtype=float32)
     """
+    if not len(spike_times):
+        raise ValueError("bin_spikes: needed the spike times of one or more units, got none")
     width = checks.bin_width_of("bin_spikes", bin_width)
     num_bins = num_bins_of("bin_spikes", window, width)
     edges = edges_of(times, window[0], width, num_bins)
