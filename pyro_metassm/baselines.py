@@ -52,6 +52,12 @@ def psth(train: Recording, test: Recording) -> np.ndarray:
 
     One more trial at the neuron's mean rate is counted with those of the condition, so that few trials are not taken at
     their word. Without conditions all trials are of one; one that training lacks is predicted from all of them.
+
+    Example:
+        >>> from pyro_metassm import Recording
+        >>> train = Recording("a", np.array([[[1.0], [3.0]]]), bin_width=0.02)
+        >>> psth(train, train).ravel()  # (1 + 2) / 2 and (3 + 2) / 2
+        array([1.5, 2.5])
     """
     total = _mean(train)
     result = np.empty(test.values.shape)
@@ -74,6 +80,12 @@ def smoothing(train: Recording, test: Recording) -> np.ndarray:
     held-out neurons, width and penalty are those that predict them best in 3-fold cross-validation over the
     training trials. No neuron is predicted below a tenth of its mean rate. A bin's own count enters its smoothed rate:
     bits per spike of neurons that are not held out mean nothing here.
+
+    Example:
+        >>> from pyro_metassm import Recording
+        >>> train = Recording("a", np.full((4, 6, 2), 3.0), bin_width=0.02)
+        >>> smoothing(train, train)[0, 0]
+        array([3., 3.])
     """
     held_out = train.held_out_neurons
     if not held_out.any():
@@ -100,6 +112,13 @@ def persistence(train: Recording, test: Recording, *, context: int, horizon: int
 
     The Gaussian looks back only; its width and the share are those that forecast the training trials best, whose
     future they do not see.
+
+    Example:
+        >>> from pyro_metassm import Recording
+        >>> train = Recording("a", np.full((4, 6, 2), 3.0), bin_width=0.02)
+        >>> persistence(train, train, context=4, horizon=2)[0]
+        array([[3., 3.],
+               [3., 3.]])
     """
     rows = np.flatnonzero(train.lengths > context)
     mean, best = _mean(train), (-np.inf, SDS[0], 0.0)

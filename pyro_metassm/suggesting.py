@@ -182,6 +182,12 @@ def search_objective(
 
     Returns:
         a function of an optuna trial; the two scores are kept in its ``user_attrs``.
+
+    Example:
+        >>> import pyro_metassm as pm
+        >>> recs = pm.simulate.limit_cycles([2.5, 5.0], num_trials=8, num_steps=20)
+        >>> objective = pm.search_objective(recs, latent_dim=(1, 4), num_steps=(5, 50))
+        >>> # study = optuna.create_study(direction="maximize"); study.optimize(objective, n_trials=20)
     """
     problem = _Problem.of(recs, likelihood, context, horizon, test_fraction, num_samples, seed, options)
 
