@@ -54,11 +54,11 @@ def bin_spikes(
     return np.stack([counts(finite(train, str(n)), edges) for n, train in enumerate(spike_times)], axis=-1)
 
 
-def num_bins_of(caller: str, window: tuple[float, float], bin_width: float) -> int:
-    """The bins of a window, which must be a whole number.
+def window_of(caller: str, window: Any) -> tuple[float, float]:
+    """Start and stop of a window.
 
     Raises:
-        ValueError: It is not, or the window is empty.
+        ValueError: It is not two finite numbers, or empty.
     """
     try:
         start, stop = (float(side) for side in window)
@@ -68,6 +68,16 @@ def num_bins_of(caller: str, window: tuple[float, float], bin_width: float) -> i
         raise ValueError(
             f"{caller}: needed a window (start, stop) in s, got {window!r}; use such as (-0.1, 0.5)"
         )
+    return start, stop
+
+
+def num_bins_of(caller: str, window: tuple[float, float], bin_width: float) -> int:
+    """The bins of a window, which must be a whole number.
+
+    Raises:
+        ValueError: It is not, or the window is empty.
+    """
+    start, stop = window_of(caller, window)
     exact = (stop - start) / bin_width
     number = round(exact)
     if number < 1 or abs(exact - number) > WHOLE:
