@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -29,6 +28,7 @@ from pyro_metassm.recordings import Recording, Recordings
 from pyro_metassm.result import Fit
 from pyro_metassm.specification import of_recordings
 from pyro_metassm.training import fit as train_fit
+from pyro_metassm.writing import write_json
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -146,9 +146,7 @@ def suggest_dims(
             continue
         found[cell] = problem.scores(latent_dim=cell[0], embedding_dim=cell[1])
         if path is not None:
-            part = path.with_suffix(f".part{os.getpid()}")
-            part.write_text(json.dumps(found[cell]), encoding="utf-8")
-            os.replace(part, path)
+            write_json(found[cell], path)
     table, (latents, size) = _choose(found)
     counts = {bool(of["counts"]) for of in found.values()}
     return Suggestion(latents, size, table, "bits per spike" if counts == {True} else "share of variance")
