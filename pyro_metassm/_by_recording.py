@@ -13,6 +13,7 @@ T = TypeVar("T")
 
 
 def by_recording(score: str, recs: Recordings, of: Callable[[str, Recording], float]) -> xr.DataArray:
+    """``(recording,)``, of a function of name and recording."""
     values = [named(name, of, name, recording) for name, recording in recs.items()]
     return xr.DataArray(values, {"recording": list(recs)}, ("recording",), score)
 

@@ -54,6 +54,11 @@ def rank_levels(draws: Any, truth: Any, rng: np.random.Generator) -> np.ndarray:
 
     Returns:
         ``(...)``, NaN where the truth is.
+
+    Example:
+        >>> level = rank_levels(np.array([1.0, 2.0, 3.0]), 2.5, np.random.default_rng(0))
+        >>> bool(0.5 < level < 0.75)  # above two of three draws: the third quarter
+        True
     """
     x, y = np.asarray(draws, np.float64), np.asarray(truth, np.float64)
     below, equal = (x < y).sum(0), (x == y).sum(0)

@@ -91,6 +91,8 @@ def of_neurons(recording: Recording) -> tuple[int, int, int, int]:
     low = np.min(values, axis=(0, 1), where=mask, initial=np.inf)
     varies = high > low
     alive = np.flatnonzero(varies)
+    if not len(alive):
+        return len(varies), 0, 0, 0
     counts = recording.has_counts
     seconds = mask[..., alive].sum((0, 1)) * recording.bin_width
     rare = counts * (values[..., alive].sum((0, 1), dtype=np.float64) < RARE_HZ * seconds)

@@ -11,7 +11,7 @@ from pyro_metassm import _checks as checks
 from pyro_metassm import _machine as machine
 from pyro_metassm._draw_scores import crps, rank_levels
 from pyro_metassm._scored_neurons import constant_rates, spiking_neurons
-from pyro_metassm._scores import explained, poisson, smooth
+from pyro_metassm._scores import are_counts, explained, poisson, smooth
 from pyro_metassm.draws import forecast_chunks, forecast_trials, observation, to_numpy
 from pyro_metassm.recordings import Recordings
 from pyro_metassm.result import Fit
@@ -70,10 +70,11 @@ def forecast_scores(
     """
     checks.integers(context=context, horizon=horizon)
     checks.integers(2, num_samples=num_samples)
-    if smoothing_sd < 0 or not levels or not all(0 < level < 1 for level in levels):
+    if not 0 <= smoothing_sd < np.inf:
+        raise ValueError(f"forecast_scores: needed a finite smoothing_sd of at least 0 s, got {smoothing_sd}")
+    if np.ndim(levels) != 1 or not len(levels) or not all(0 < level < 1 for level in levels):
         raise ValueError(
-            "forecast_scores: needed smoothing_sd of at least 0 and levels between 0 and 1, got "
-            f"{smoothing_sd} and {list(levels)}"
+            f"forecast_scores: needed levels between 0 and 1, such as (0.5, 0.9), got {levels!r}"
         )
     spiking = spiking_neurons(fit, recs)
     shape = (len(recs), horizon)
@@ -92,7 +93,8 @@ def forecast_scores(
                 ranked[rows] = crps(drawn, seen[rows])
                 place[rows] = rank_levels(drawn, seen[rows], rng)
         chosen = spiking[name]
-        if chosen.any() and not (rates[..., chosen] < 0).any():
+        counts = chosen.any() and are_counts(seen[..., chosen])
+        if counts and not (rates[..., chosen] < 0).any():
             base = None if null is None else constant_rates(null[name])[chosen]
             found["bits_per_spike"][row] = _bits(rates[..., chosen], seen[..., chosen], base)
         width = smoothing_sd / recs.bin_width

@@ -8,6 +8,8 @@ from typing import Any
 import numpy as np
 import xarray as xr
 
+from pyro_metassm._smoothing import averaged
+
 ALPHAS = tuple(np.logspace(-4, 0, 9))  # the Neural Latents Benchmark's grid of ridge penalties
 FOLDS = 5
 
@@ -63,7 +65,7 @@ def bits_per_spike(rates: Any, spikes: Any, null_rates: Any = None) -> float:
     """
     y, r = _pair("bits_per_spike", "spikes", spikes, "rates", rates)
     seen = ~np.isnan(y)
-    if (y[seen] < 0).any() or (y[seen] != np.floor(y[seen])).any():
+    if not are_counts(y):
         raise ValueError(
             "bits_per_spike: needed counts (0, 1, 2, ...) as spikes, got other numbers; pass unsmoothed counts"
         )
@@ -299,6 +301,12 @@ def mean_r2(y: np.ndarray, prediction: np.ndarray) -> float:
     return float(each[~np.isnan(each)].mean()) if (~np.isnan(each)).any() else float("nan")
 
 
+def are_counts(y: np.ndarray) -> bool:
+    """Whether all that is not NaN is a whole number of at least zero."""
+    seen = y[~np.isnan(y)]
+    return bool((seen >= 0).all() and (seen == np.floor(seen)).all())
+
+
 def poisson(y: np.ndarray, rates: np.ndarray, what: str) -> float:
     """Poisson log-likelihood without ``log y!``."""
     bad = (rates < 0) | ((rates == 0) & (y > 0)) | ~np.isfinite(rates)
@@ -343,11 +351,7 @@ def smooth(values: np.ndarray, sd: float) -> np.ndarray:
     time = np.arange(values.shape[1])
     kernel = np.exp(-0.5 * ((time[:, None] - time) / sd) ** 2)
     seen = ~np.isnan(values)
-    weight = np.einsum("st,ktn->ksn", kernel, seen.astype(np.float64))
-    smoothed = np.einsum("st,ktn->ksn", kernel, np.where(seen, values, 0.0)) / np.where(
-        weight > 0, weight, 1.0
-    )
-    return np.where(seen, smoothed, np.nan)
+    return np.where(seen, averaged(values, seen, kernel), np.nan)
 
 
 def _shifted(trial: np.ndarray, by: int) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""Gaussian smoothing over time: what `Recording.smooth` does."""
+"""Smoothing over time: what `Recording.smooth` does, and means with any weights for scores and baselines."""
 
 from __future__ import annotations
 
@@ -22,7 +22,8 @@ def smoothed(recording: Recording, sd_s: float) -> np.ndarray:
         ValueError: As `Recording.smooth` says.
     """
     name = recording.name
-    if not (isinstance(sd_s, (int, float, np.number)) and math.isfinite(sd_s) and sd_s > 0):
+    number = isinstance(sd_s, (int, float, np.number)) and not isinstance(sd_s, bool)
+    if not (number and math.isfinite(sd_s) and sd_s > 0):
         raise checks.fail(name, "sd_s, a positive number of seconds", repr(sd_s), "pass such as 0.03")
     if sd_s >= checks.LONGEST_BIN:
         raise checks.fail(
@@ -51,3 +52,16 @@ def smoothed(recording: Recording, sd_s: float) -> np.ndarray:
             total[:, to] += weights[offset] * values[:, source]
             weight[:, to] += weights[offset] * seen[:, source]
     return np.divide(total, weight, out=np.zeros_like(total), where=mask).astype(values.dtype)
+
+
+def averaged(values: np.ndarray, seen: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """Weighted means along time of what was seen; NaN where no weight is on anything.
+
+    Args:
+        values: ``(trial, time, neuron)``, finite.
+        seen: bool, of the same shape.
+        weights: ``(time, time)``, a row for each bin of the result.
+    """
+    weight = np.einsum("st,ktn->ksn", weights, seen.astype(np.float64))
+    total = np.einsum("st,ktn->ksn", weights, np.where(seen, values, 0.0).astype(np.float64))
+    return np.divide(total, weight, out=np.full_like(total, np.nan), where=weight > 0)

@@ -18,7 +18,8 @@ from pyro_metassm import _machine as machine
 from pyro_metassm._by_recording import named
 from pyro_metassm._mean_rates import mean_forecasts, mean_rates
 from pyro_metassm._scored_neurons import constant_rates, spiking_neurons
-from pyro_metassm._scores import bits_per_spike, mean_r2, psth_r2, ridge, velocity_decoder
+from pyro_metassm._scores import are_counts, bits_per_spike, mean_r2, psth_r2, ridge, velocity_decoder
+from pyro_metassm._smoothing import averaged
 from pyro_metassm.draws import forecast_trials
 from pyro_metassm.rebuilding import construct
 from pyro_metassm.recordings import Recording, Recordings
@@ -31,6 +32,7 @@ PENALTIES = tuple(np.logspace(0, 5, 6))
 SHARES = tuple(np.linspace(0.0, 1.0, 11))
 LEAST = 0.1  # of its mean rate: no neuron is predicted to be silent
 FOLDS = 3
+COLUMNS = ("model", "mean rate", "psth", "smoothing", "persistence")
 
 
 def mean_rate(train: Recording, test: Recording) -> np.ndarray:
@@ -50,11 +52,19 @@ def psth(train: Recording, test: Recording) -> np.ndarray:
 
     One more trial at the neuron's mean rate is counted with those of the condition, so that few trials are not taken at
     their word. Without conditions all trials are of one; one that training lacks is predicted from all of them.
+
+    Example:
+        >>> from pyro_metassm import Recording
+        >>> train = Recording("a", np.array([[[1.0], [3.0]]]), bin_width=0.02)
+        >>> psth(train, train).ravel()  # (1 + 2) / 2 and (3 + 2) / 2
+        array([1.5, 2.5])
     """
     total = _mean(train)
     result = np.empty(test.values.shape)
     conditions = np.zeros(test.num_trials) if test.condition is None else test.condition
-    known = np.zeros(train.num_trials) if train.condition is None else train.condition
+    known = train.condition
+    if known is None or test.condition is None:
+        known = np.zeros(train.num_trials)
     for condition in np.unique(conditions):
         rows = known == condition if (known == condition).any() else np.ones(len(known), bool)
         count = _cut(train.mask[rows].sum(0), test.num_bins)
@@ -70,6 +80,12 @@ def smoothing(train: Recording, test: Recording) -> np.ndarray:
     held-out neurons, width and penalty are those that predict them best in 3-fold cross-validation over the
     training trials. No neuron is predicted below a tenth of its mean rate. A bin's own count enters its smoothed rate:
     bits per spike of neurons that are not held out mean nothing here.
+
+    Example:
+        >>> from pyro_metassm import Recording
+        >>> train = Recording("a", np.full((4, 6, 2), 3.0), bin_width=0.02)
+        >>> smoothing(train, train)[0, 0]
+        array([3., 3.])
     """
     held_out = train.held_out_neurons
     if not held_out.any():
@@ -96,6 +112,13 @@ def persistence(train: Recording, test: Recording, *, context: int, horizon: int
 
     The Gaussian looks back only; its width and the share are those that forecast the training trials best, whose
     future they do not see.
+
+    Example:
+        >>> from pyro_metassm import Recording
+        >>> train = Recording("a", np.full((4, 6, 2), 3.0), bin_width=0.02)
+        >>> persistence(train, train, context=4, horizon=2)[0]
+        array([[3., 3.],
+               [3., 3.]])
     """
     rows = np.flatnonzero(train.lengths > context)
     mean, best = _mean(train), (-np.inf, SDS[0], 0.0)
@@ -189,10 +212,12 @@ def table(
         ``smoothing`` (not of forecasts) and ``persistence`` (of forecasts). Scores, higher is better: ``co_bps`` of
         held-out neurons, ``fp_bps`` of the bins after ``context`` (both over each neuron's mean in the bins scored, as
         the Neural Latents Benchmark has them), ``velocity_r2`` and ``forecast_velocity_r2`` (decoders learned from the
-        same method's rates of the training trials), ``psth_r2`` of recordings with conditions. NaN: not defined.
+        same method's rates of the training trials), ``psth_r2`` of recordings with conditions. NaN: not defined (bits
+        of what is no count).
 
     Raises:
-        ValueError: an unknown recording, no trial as long as ``context``.
+        ValueError: an unknown recording, no trial as long as ``context``, others by the name of a
+            column or without a fit of a recording, a dim that the behaviour does not have.
 
     Example:
         >>> import pyro_metassm as pm
@@ -206,6 +231,7 @@ def table(
     """
     checks.integers(context=context, horizon=horizon, num_samples=num_samples)
     columns: dict[str, dict[tuple[str, str], float]] = {}
+    _refuse(others or {}, test, behavior_dims)
     fits: dict[str, Fit | Mapping[str, Fit]] = {"model": fit, **(others or {})}
     for name in test:
         trials = forecast_trials(test, name, context)
@@ -237,6 +263,21 @@ _Rates = tuple[
 ]  # of training trials, test trials, forecasts
 
 
+def _refuse(others: Mapping[str, Fit | Mapping[str, Fit]], test: Recordings, dims: Sequence[int]) -> None:
+    """Raise for what would be found out only after the first scores."""
+    if taken := [name for name in others if name in COLUMNS]:
+        raise ValueError(f"table: needed other names of fits than {', '.join(COLUMNS)}, got {taken[0]!r}")
+    for label, which in others.items():
+        if not isinstance(which, Fit) and (missing := [name for name in test if name not in which]):
+            raise ValueError(
+                f"table: needed a fit of every recording, got none of {missing[0]!r} in {label!r}"
+            )
+    for name, recording in test.items():
+        size = 0 if recording.behavior is None else recording.behavior.shape[-1]
+        if size and not all(-size <= dim < size for dim in dims):
+            raise ValueError(f"recording {name!r}: needed behavior_dims below {size}, got {list(dims)}")
+
+
 def _scores_of(
     rates: _Rates,
     train: Recording,
@@ -252,9 +293,10 @@ def _scores_of(
     found = dict.fromkeys(keys, float("nan"))
     held_out = test.held_out_neurons & spiking
     future = late.observations[:, window]
-    if predicted is not None and held_out.any():
+    counts = are_counts(test.observations[..., spiking])
+    if counts and predicted is not None and held_out.any():
         found["co_bps"] = bits_per_spike(predicted[..., held_out], test.observations[..., held_out])
-    if ahead is not None and spiking.any() and future.size:
+    if counts and ahead is not None and spiking.any() and future.size:
         found["fp_bps"] = bits_per_spike(ahead[:, : future.shape[1]][..., spiking], future[..., spiking])
     if test.condition is not None and predicted is not None:
         found["psth_r2"] = psth_r2(predicted, test.observations, test.condition)
@@ -315,9 +357,8 @@ def _last(recording: Recording, context: int, sd: float) -> np.ndarray:
 def _filtered(recording: Recording, kernel: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
     time = np.arange(recording.num_bins)
     weights = kernel(time[:, None] - time)
-    share = np.einsum("st,ktn->ksn", weights, recording.mask.astype(np.float64))
-    total = np.einsum("st,ktn->ksn", weights, recording.values.astype(np.float64))
-    result = np.where(share > 0, total / np.where(share > 0, share, 1.0), _mean(recording))
+    result = averaged(recording.values, recording.mask, weights)
+    result = np.where(np.isnan(result), _mean(recording), result)
     result[time >= recording.lengths[:, None]] = np.nan
     return result
 

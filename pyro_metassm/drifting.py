@@ -38,7 +38,7 @@ def drift(
         over ``recording``: ``first`` and ``last``, the scores, and ``drift``, the last minus the first.
 
     Raises:
-        ValueError: a share that is not within (0, 0.5], recordings with too few trials.
+        ValueError: a fit in place of a function, a share that is not within (0, 0.5], recordings with too few trials.
 
     Example:
         >>> import pyro_metassm as pm
@@ -50,6 +50,10 @@ def drift(
         >>> list(pm.drift(fit, recs))
         ['first', 'last', 'drift']
     """
+    if not callable(fit):
+        raise ValueError(
+            f"drift: needed a function that makes a fit of the recordings that it is given, got {type(fit).__name__}"
+        )
     first, last = recs.ends(share)
     train, same = first.split(test_fraction, seed)
     made = fit(train)

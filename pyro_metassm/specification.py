@@ -42,9 +42,11 @@ def specification(
         options: of the fit, a dataclass of plain values.
         validation, validation_every: what is validated on, and how often; no part of a fit without.
     """
-    found: dict[str, Any] = {"options": plain(dataclasses.asdict(options)), "recordings": _data(recs)}
+    found: dict[str, Any] = {"options": plain(dataclasses.asdict(options)), "recordings": of_recordings(recs)}
     found["order of recordings"] = list(recs.names)
-    found["validation"] = None if validation is None else {"every": validation_every} | _data(validation)
+    found["validation"] = (
+        None if validation is None else {"every": validation_every} | of_recordings(validation)
+    )
     for what, module in (("model", model), ("guide", guide)):
         found[what] = plain(type(module))
         found[f"{what}.config"] = plain(getattr(module, "config", {}))
@@ -101,7 +103,8 @@ def plain(value: Any) -> Any:
     return type(value).__name__
 
 
-def _data(recs: Recordings) -> dict[str, str]:
+def of_recordings(recs: Recordings) -> dict[str, str]:
+    """A digest by recording of all that a fit and its scores depend on."""
     return {name: _of_recording(recording) for name, recording in recs.items()}
 
 

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -28,7 +26,9 @@ from pyro_metassm.models import MetaSSM
 from pyro_metassm.observations import counted
 from pyro_metassm.recordings import Recording, Recordings
 from pyro_metassm.result import Fit
+from pyro_metassm.specification import of_recordings
 from pyro_metassm.training import fit as train_fit
+from pyro_metassm.writing import write_json
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -118,7 +118,8 @@ def suggest_dims(
         the :class:`Suggestion`: ``latent_dim``, ``embedding_dim``, ``table`` and ``plot()``.
 
     Raises:
-        ValueError: an empty grid, sizes below 1, a folder of other recordings or options.
+        ValueError: an empty grid, sizes below 1, no held-out neuron that can be scored, a folder of other recordings
+            or options.
 
     Example:
         >>> import pyro_metassm as pm
@@ -129,8 +130,8 @@ def suggest_dims(
         (2, 1)
     """
     for name, grid in (("latent_dim", latent_dim), ("embedding_dim", embedding_dim)):
-        if not len(grid):
-            raise ValueError(f"suggest_dims: needed at least one {name} to try, got none")
+        if np.ndim(grid) != 1 or not len(grid):
+            raise ValueError(f"suggest_dims: needed a list of one or more {name} to try, got {grid!r}")
         checks.integers(1, **{f"{name}[{n}]": size for n, size in enumerate(grid)})
     problem = _Problem.of(recs, likelihood, context, horizon, test_fraction, num_samples, seed, options)
     sizes = sorted(set(embedding_dim))[: None if len(recs) > 1 else 1]
@@ -145,9 +146,7 @@ def suggest_dims(
             continue
         found[cell] = problem.scores(latent_dim=cell[0], embedding_dim=cell[1])
         if path is not None:
-            part = path.with_suffix(f".part{os.getpid()}")
-            part.write_text(json.dumps(found[cell]), encoding="utf-8")
-            os.replace(part, path)
+            write_json(found[cell], path)
     table, (latents, size) = _choose(found)
     counts = {bool(of["counts"]) for of in found.values()}
     return Suggestion(latents, size, table, "bits per spike" if counts == {True} else "share of variance")
@@ -181,6 +180,12 @@ def search_objective(
 
     Returns:
         a function of an optuna trial; the two scores are kept in its ``user_attrs``.
+
+    Example:
+        >>> import pyro_metassm as pm
+        >>> recs = pm.simulate.limit_cycles([2.5, 5.0], num_trials=8, num_steps=20)
+        >>> objective = pm.search_objective(recs, latent_dim=(1, 4), num_steps=(5, 50))
+        >>> # study = optuna.create_study(direction="maximize"); study.optimize(objective, n_trials=20)
     """
     problem = _Problem.of(recs, likelihood, context, horizon, test_fraction, num_samples, seed, options)
 
@@ -216,6 +221,10 @@ class _Problem:
     @classmethod
     def of(cls, recs, likelihood, context, horizon, test_fraction, num_samples, seed, options) -> _Problem:
         marked = Recordings([_with_held_out(recording, seed) for recording in recs.values()])
+        if not any(recording.held_out_neurons.any() for recording in marked.values()):
+            raise ValueError(
+                "suggest_dims: needed a recording of two or more neurons, to hold one out; got none"
+            )
         train, test = marked.split(test_fraction, seed)
         usual = min(int(np.median(recording.lengths)) for recording in recs.values())
         context = max(1, usual // 2) if context is None else context
@@ -227,9 +236,9 @@ class _Problem:
 
     def claim(self, folder: Path) -> None:
         """Write what decides the scores into the folder, or see that what is there is the same."""
-        data = {name: hashlib.sha256(r.values.tobytes()).hexdigest() for name, r in self.train.items()}
         mine = {
-            "data": data,
+            "train": of_recordings(self.train),
+            "test": of_recordings(self.test),
             "likelihood": self.likelihood.__name__,
             "window": [self.context, self.horizon],
             "num_samples": self.num_samples,
@@ -299,7 +308,8 @@ def _gains(rates: np.ndarray, y: np.ndarray, counts: bool) -> list[list[float]]:
 
 
 def _mean(found: dict, score: str) -> float:
-    return float(np.nanmean([ratio(*map(np.array, pair))[0] for pair in found[score].values()]))
+    values = [ratio(*map(np.array, pair))[0] for pair in found[score].values()]
+    return float(np.nanmean(values)) if np.isfinite(values).any() else float("nan")
 
 
 def _choose(found: dict[tuple[int, int], dict]) -> tuple[pd.DataFrame, tuple[int, int]]:
@@ -322,7 +332,12 @@ def _choose(found: dict[tuple[int, int], dict]) -> tuple[pd.DataFrame, tuple[int
             rows[cell] |= {score: means[cell], f"{score}_difference": difference, f"{score}_se": error}
             within[cell][score] = difference >= -error
     both = [cell for cell, of in within.items() if all(of.values())]
-    chosen = min(both or [cell for cell, of in within.items() if of[SCORES[0]]])
+    chosen = min(both or [cell for cell, of in within.items() if of[SCORES[0]]], default=None)
+    if chosen is None:
+        raise ValueError(
+            "suggest_dims: needed held-out neurons with spikes (or that vary) in the test trials, got none; leave out "
+            "silent neurons first, recs.summary() counts them"
+        )
     for cell, row in rows.items():
         row |= {"within": all(within[cell].values()), "suggested": cell == chosen}
     return pd.DataFrame(list(rows.values())), chosen

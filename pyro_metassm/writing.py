@@ -2,9 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import os
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
+
+
+def write_json(value: Any, path: Path) -> None:
+    """Write a JSON file that is either there and complete or not there; processes do not meet on the way."""
+    part = path.with_suffix(f".part{os.getpid()}")
+    part.write_text(json.dumps(value), encoding="utf-8")
+    os.replace(part, path)
 
 
 def part_of(path: Path) -> Path:

@@ -25,6 +25,8 @@ def test_mean_rate_and_psth_by_hand():
     np.testing.assert_allclose(baselines.psth(train, test)[..., 0], expected)
     longer = recording(np.ones((1, 3, 1)), condition=[0])
     np.testing.assert_allclose(baselines.psth(train, longer)[0, :, 0], [2, 10 / 3, 2])  # never seen: the mean
+    none = recording(np.ones((1, 2, 1)))  # no conditions: all three trials
+    np.testing.assert_allclose(baselines.psth(train, none)[0, :, 0], [1.5, 2.5])
 
 
 def test_smoothing_finds_the_width_of_slow_and_of_fast_rates():
@@ -138,6 +140,20 @@ def test_the_table_is_the_scores(problem):
     )
     got = table.loc[("forecast_velocity_r2", "w=2"), "model"]
     assert got == pytest.approx(float(ahead["forecast"][0]), abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"others": {"psth": {}}}, "other names of fits than .* got 'psth'"),
+        ({"others": {"single": {}}}, "none of 'w=2' in 'single'"),
+        ({"behavior_dims": (0, 9)}, r"recording 'w=2': needed behavior_dims below 2, got \[0, 9\]"),
+    ],
+)
+def test_tables_that_cannot_be_made(problem, wrong, message):
+    train, test, fit = problem
+    with pytest.raises(ValueError, match=message):
+        baselines.table(fit, train, test, context=8, horizon=6, num_samples=2, **wrong)
 
 
 def test_a_single_recording_is_what_scratch_was(problem, monkeypatch):

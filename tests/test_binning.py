@@ -98,6 +98,7 @@ def test_spikes_in_any_order_and_more_than_one_at_a_time():
         ({"bin_width": 20.0}, "if these are milliseconds, bin_width=0.02"),
         ({"times": [0.0, np.nan]}, "finite times .* 1 that are not finite"),
         ({"times": 0.0}, "finite times"),
+        ({"spike_times": []}, "one or more units, got none"),
         ({"spike_times": [["a"]]}, "unit 0: needed spike times"),
         ({"spike_times": [[[0.0]]]}, r"unit 0: needed spike times .* shape \(1, 1\)"),
     ],

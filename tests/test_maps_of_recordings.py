@@ -218,7 +218,8 @@ def test_real_activity_beside_a_fits(fitted):
 
 def test_shares_of_variance_are_those_of_the_predictor(fitted):
     fit, recs = fitted
-    found = pm.analysis.variance_explained(fit, recs).isel(draw=0)
+    found = pm.analysis.variance_explained(fit, recs)
+    assert found["share"].dims == ("recording", "component")
     assert found["cumulative"].values[:, -1] == pytest.approx(1.0)
     for name in recs:
         z = np.concatenate(activity.trial_latents(fit, recs, name, 0))

@@ -508,7 +508,16 @@ def test_smoothing_of_forecast_scores_stays_within_the_forecast(fit, recs):
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"smoothing_sd": -1.0}, {"levels": ()}, {"levels": (90,)}, {"num_samples": 1}]
+    "wrong",
+    [
+        {"smoothing_sd": -1.0},
+        {"smoothing_sd": math.nan},
+        {"smoothing_sd": math.inf},
+        {"levels": ()},
+        {"levels": 0.5},
+        {"levels": (90,)},
+        {"num_samples": 1},
+    ],
 )
 def test_forecast_scores_refuses(fit, recs, wrong):
     with pytest.raises(ValueError, match=next(iter(wrong))):
@@ -573,6 +582,21 @@ def test_scores_of_recordings_that_the_fit_does_not_know(fit, recs, name):
         getattr(metrics, name)(fit, stranger, **steps)
     with pytest.raises(ValueError, match="num_samples"):
         getattr(metrics, name)(fit, recs, num_samples=0, **steps)
+
+
+def test_real_numbers_have_no_bits_however_positive():
+    """Rates and values around 50: a Poisson likelihood of them could be computed, and would mean nothing."""
+    values = 50.0 + np.random.default_rng(0).normal(size=(8, 10, 4))
+    recs = pm.Recordings([pm.Recording("a", values, bin_width=0.03)])
+    model = pm.models.MetaSSM(recs, latent_dim=2, embedding_dim=1)
+    with torch.no_grad():
+        model.read_out.bias += 50.0
+    fit = pm.fit(model, pm.guides.DKF(model), recs, num_steps=0, warm_start=False, progress=False)
+    levels = np.array([0.5, 0.9])
+    scores = metrics.forecast_scores(fit, recs, context=5, horizon=3, num_samples=3, levels=levels)
+    assert scores["bits_per_spike"].isnull().all() and scores["crps"].notnull().all()
+    table = pm.baselines.table(fit, recs, recs, context=5, horizon=3, num_samples=3)
+    assert len(table) == 0  # no behaviour, no conditions: nothing else either
 
 
 def test_rates_of_a_gaussian_fit_have_no_bits():

@@ -59,6 +59,13 @@ def centre_out(tmp_path_factory):
         ({"lag": 100}, "a lag under 5 s, got 100; pass seconds; if these are milliseconds, 0.1"),
         ({"bin_width": 20}, "milliseconds, bin_width=0.02"),
         ({"window": (-0.14, 0.57)}, "a window of whole bins"),
+        ({"window": (0,)}, r"a window \(start, stop\) in s, got \(0,\)"),
+        ({"window": 0.5}, r"a window \(start, stop\)"),
+        ({"lag": "long"}, "a lag in seconds, got 'long'"),
+        ({"behavior": 3}, "as behavior, got 3"),
+        ({"behavior": ["cursor_vel", 3]}, "as behavior, got .*3"),
+        ({"where": "result"}, "columns of the trials with values, or a function, got 'result'"),
+        ({"units": [0]}, r"columns of the units with values, or a function, got \[0\]"),
         ({"overlap": "no"}, 'overlap="warn" or "error"'),
     ],
 )

@@ -82,6 +82,7 @@ def test_plain_arrays_do_as_well():
 def test_what_is_refused_and_warned_of():
     for units, epochs, message in (
         ({}, [[0.0, 1.0]], "at least one unit"),
+        ([[0.1]], [[0.0, 1.0]], "spike times by unit, got list"),
         (SPIKES, [0.0, 1.0], r"epochs \(trials, 2\): starts and ends in s, got shape \(2,\)"),
         (SPIKES, np.zeros((0, 2)), "at least one trial, got no epochs"),
         (SPIKES, [[2.0, 1.0]], "trials that stop after they start"),

@@ -468,6 +468,13 @@ def test_summary_counts_and_keeps_quiet_about_sound_data():
     assert table["silent_neurons"] == table["duplicated_neurons"] == 0
 
 
+@pytest.mark.parametrize("shape", [(1, 1, 1), (12, 20, 4)])
+def test_summary_of_neurons_that_are_all_silent(shape):
+    table, messages = summary(Recording("x", np.zeros(shape), bin_width=0.02))
+    assert table["silent_neurons"] == shape[-1] and table["duplicated_neurons"] == 0
+    assert f"{shape[-1]} of {shape[-1]} neurons are silent" in messages[0]
+
+
 def test_summary_finds_silent_and_duplicated_neurons_in_one_warning():
     observations = counts()
     observations[..., 4] = 0

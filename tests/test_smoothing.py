@@ -63,6 +63,7 @@ def test_count_likelihoods_refuse_it_and_others_do_not():
         (0.0, "a positive number of seconds, got 0"),
         (np.nan, "a positive number"),
         ("a", "a positive number"),
+        (True, "a positive number"),
         (30, "milliseconds, 0.03"),
     ],
 )

@@ -70,6 +70,12 @@ def test_a_grid_resumes_and_is_of_one_problem(recs, tmp_path, monkeypatch):
         pm.suggest_dims(recs, **grid, **{**QUICK, "num_steps": 4})
     with pytest.raises(ValueError, match="the same recordings and options"):
         pm.suggest_dims(recs.select(["w=2"]), **grid, **QUICK)
+    others = [
+        pm.Recording(name, r.observations, bin_width=r.bin_width, held_out_neurons=[0])
+        for name, r in recs.items()
+    ]
+    with pytest.raises(ValueError, match="the same recordings and options"):  # other neurons to predict
+        pm.suggest_dims(pm.Recordings(others), **grid, **QUICK)
     axes = found.plot()
     assert [ax.get_xlabel() for ax in axes] == ["latent_dim"] * 2 and "bits per spike" in axes[0].get_ylabel()
 
@@ -121,10 +127,20 @@ def test_the_objective_of_a_wider_search(recs):
     assert set(study.best_trial.user_attrs) == {"co_smoothing", "forecast"}
 
 
-@pytest.mark.parametrize("grid", [{"latent_dim": ()}, {"embedding_dim": (0,)}])
+@pytest.mark.parametrize("grid", [{"latent_dim": ()}, {"latent_dim": 2}, {"embedding_dim": (0,)}])
 def test_grids_that_are_refused(recs, grid):
     with pytest.raises(ValueError, match=next(iter(grid))):
         pm.suggest_dims(recs, **grid, **QUICK)
+
+
+def test_nothing_to_hold_out_is_said_in_words():
+    one, silent = (
+        pm.Recording("a", values, bin_width=0.02) for values in (np.ones((8, 9, 1)), np.zeros((8, 9, 4)))
+    )
+    with pytest.raises(ValueError, match="two or more neurons"):
+        pm.suggest_dims(pm.Recordings([one]), latent_dim=(1,), **QUICK)
+    with pytest.raises(ValueError, match="held-out neurons with spikes"):
+        pm.suggest_dims(pm.Recordings([silent]), latent_dim=(1,), hidden_dim=8, **QUICK)
 
 
 def test_drift_is_the_last_third_by_a_fit_of_the_first():
@@ -149,6 +165,8 @@ def test_drift_is_the_last_third_by_a_fit_of_the_first():
     assert same["a"].num_trials == 3 and last["a"].condition.tolist() == list(range(24, 36))
     assert found["drift"].item() == pytest.approx(float(last["a"].values.mean() - same["a"].values.mean()))
     assert found["drift"].dims == ("recording",)
+    with pytest.raises(ValueError, match="a function that makes a fit"):
+        pm.drift("fit", recs)
     with pytest.raises(ValueError, match=r"within \(0, 0.5\]"):
         recs.ends(0.6)
     with pytest.raises(ValueError, match="recording 'a'"):

@@ -40,6 +40,14 @@ def state_divergence(
     Raises:
         ValueError: as :func:`flow_field`; ``width`` that is not above 0.
 
+    Example:
+        >>> import pyro_metassm as pm
+        >>> recs = pm.simulate.limit_cycles([2.5, 5.0], num_trials=8, num_steps=20)
+        >>> model = pm.models.MetaSSM(recs, latent_dim=2, embedding_dim=1)
+        >>> fit = pm.fit(model, pm.guides.DKF(model), recs, num_steps=5, warm_start_steps=5, progress=False)
+        >>> pm.analysis.state_divergence(fit, recs, num_draws=2)["divergence"].dims
+        ('recording', 'draw')
+
     References:
         Koppe et al., PLoS Computational Biology 15 (2019), as D_stsp.
     """
@@ -84,6 +92,14 @@ def power_spectra(fit: Fit, recs: Recordings, *, num_draws: int = 20, seed: int 
 
     Raises:
         ValueError: as :func:`flow_field`; trials shorter than 8 bins.
+
+    Example:
+        >>> import pyro_metassm as pm
+        >>> recs = pm.simulate.limit_cycles([2.5, 5.0], num_trials=8, num_steps=20)
+        >>> model = pm.models.MetaSSM(recs, latent_dim=2, embedding_dim=1)
+        >>> fit = pm.fit(model, pm.guides.DKF(model), recs, num_steps=5, warm_start_steps=5, progress=False)
+        >>> pm.analysis.power_spectra(fit, recs, num_draws=2)["real"].dims
+        ('recording', 'frequency', 'component')
     """
     source = Source("power_spectra", fit, list(recs), num_draws, seed)
     length = min(int(r.lengths.min()) for r in recs.values())
@@ -133,6 +149,15 @@ def variance_explained(fit: Fit, recs: Recordings, *, seed: int = 0) -> xr.Datas
 
     Raises:
         ValueError: a recording that the fit does not know.
+
+    Example:
+        >>> import pyro_metassm as pm
+        >>> recs = pm.simulate.limit_cycles([2.5, 5.0], num_trials=8, num_steps=20)
+        >>> model = pm.models.MetaSSM(recs, latent_dim=2, embedding_dim=1)
+        >>> fit = pm.fit(model, pm.guides.DKF(model), recs, num_steps=5, warm_start_steps=5, progress=False)
+        >>> found = pm.analysis.variance_explained(fit, recs)
+        >>> found["cumulative"][:, -1].values.round(6).tolist()
+        [1.0, 1.0]
     """
     names = list(recs)
     source = Source("variance_explained", fit, names, 0, seed)
@@ -171,7 +196,7 @@ def variance_explained(fit: Fit, recs: Recordings, *, seed: int = 0) -> xr.Datas
                 }
             )
         )
-    return source.stacked(parts)
+    return source.stacked(parts).isel(draw=0, drop=True)  # of posterior means: there are no draws
 
 
 def _without(covariance: np.ndarray, k: int) -> np.ndarray:

@@ -132,6 +132,14 @@ def sensitivity(
 
     Raises:
         ValueError: ``step`` that is not above 0, and as :func:`flow_field`.
+
+    Example:
+        >>> import pyro_metassm as pm
+        >>> recs = pm.simulate.limit_cycles([2.5, 5.0], num_trials=8, num_steps=20)
+        >>> model = pm.models.MetaSSM(recs, latent_dim=2, embedding_dim=1)
+        >>> fit = pm.fit(model, pm.guides.DKF(model), recs, num_steps=5, warm_start_steps=5, progress=False)
+        >>> pm.analysis.sensitivity(fit, "w=5", num_draws=2)["speed_gradient"].dims
+        ('draw', 'embedding_dim')
     """
     if not (isinstance(step, int | float) and np.isfinite(step) and step > 0):
         raise ValueError(f"sensitivity: needed a step above 0, got {step!r}")

@@ -50,6 +50,14 @@ def lyapunov(
 
     References:
         Benettin, Galgani, Giorgilli and Strelcyn, Meccanica 15 (1980).
+
+    Example:
+        >>> import pyro_metassm as pm
+        >>> recs = pm.simulate.limit_cycles([2.5, 5.0], num_trials=8, num_steps=20)
+        >>> model = pm.models.MetaSSM(recs, latent_dim=2, embedding_dim=1)
+        >>> fit = pm.fit(model, pm.guides.DKF(model), recs, num_steps=5, warm_start_steps=5, progress=False)
+        >>> pm.analysis.lyapunov(fit, "w=5", num_bins=20, num_draws=2)["exponents"].dims
+        ('draw', 'exponent')
     """
     checks.integers(num_bins=num_bins, num_starts=num_starts)
     source = Source("lyapunov", fit, at, num_draws, seed)

@@ -27,6 +27,7 @@ from pyro_metassm.models import MetaSSM
 from pyro_metassm.recordings import Recording, Recordings
 from pyro_metassm.result import Fit
 from pyro_metassm.training import fit as train_fit
+from pyro_metassm.writing import write_json
 
 Say = Callable[[str], None]
 BOOTSTRAPS = 200
@@ -113,7 +114,7 @@ def run(
                     begin = time.perf_counter()
                     made = make()
                     seconds = time.perf_counter() - begin
-                    report.write_json({"seconds": seconds, "rows": made}, path)
+                    write_json({"seconds": seconds, "rows": made}, path)
                     say(f"{seconds:7.1f} s  {plan.name}, seed {seed}: {label}")
                 kept = json.loads(path.read_text(encoding="utf-8"))
                 rows += [{"plan": plan.name, "seed": seed, **row} for row in kept["rows"]]

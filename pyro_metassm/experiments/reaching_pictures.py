@@ -62,6 +62,17 @@ def draw(recs: Recordings, plans: Sequence[Plan], setting: Setting, seed: int, o
     return captions
 
 
+def colors_of(number: int) -> list:
+    """A colour for each condition; around the circle where there are more than the palette has."""
+    from matplotlib import colormaps
+
+    return (
+        list(PALETTE[:number])
+        if number <= len(PALETTE)
+        else list(colormaps["hsv"](np.arange(number) / number))
+    )
+
+
 def averaged_latents(tree, shown: Recordings, name: str, ax) -> None:
     """Condition averages of the posterior mean latents, in the plane in which these vary most."""
     latents = tree[name]["posterior"]["latents"].mean(("chain", "draw")).values
@@ -75,10 +86,10 @@ def averaged_latents(tree, shown: Recordings, name: str, ax) -> None:
     every = np.concatenate(paths)
     _, _, axes = np.linalg.svd(every - every.mean(0), full_matrices=False)
     plane = axes[: min(2, len(axes))].T
-    for n, path in enumerate(paths):
+    for path, color in zip(paths, colors_of(len(paths)), strict=True):
         x = (path - every.mean(0)) @ plane
-        ax.plot(*x.T[:2], color=PALETTE[n % len(PALETTE)])
-        ax.plot(*x.T[:2, :1], marker="o", markersize=4, color=PALETTE[n % len(PALETTE)])
+        ax.plot(*x.T[:2], color=color)
+        ax.plot(*x.T[:2, :1], marker="o", markersize=4, color=color)
     ax.set_title(name, fontsize="small")
     ax.set_xlabel("PC 1")
     ax.set_ylabel("PC 2")
@@ -139,10 +150,14 @@ def interpolation(fit: Fit, train: Recordings, test: Recordings, name: str, sett
                 fit, test, name, rows, shift, setting.context, setting.horizon, setting.num_samples
             )
             velocity = decode(rates)
-            for n, condition in enumerate(np.unique(of)):
+            for condition, color in zip(np.unique(of), colors_of(len(np.unique(of))), strict=True):
                 path = np.cumsum(velocity[of == condition].mean(0), 0) * recording.bin_width
                 path = np.concatenate([np.zeros((1, 2)), path])
-                ax.plot(*path.T, color=PALETTE[n % len(PALETTE)])
+                ax.plot(*path.T, color=color)
             ax.set_title(f"e + ({shift[0]:.2f}, {shift[1]:.2f})", fontsize="small")
             ax.set_aspect("equal", adjustable="box")
+    for ax in axes[-1]:
+        ax.set_xlabel("decoded x")
+    for ax in axes[:, 0]:
+        ax.set_ylabel("decoded y")
     return figure

@@ -32,7 +32,9 @@ def files(experiment: str, folder: str | Path | None, pattern: Iterable[str]) ->
     """
     needed = f"experiment {experiment}: needed a folder (--data) with {WHERE[experiment]}"
     if folder is None:
-        raise ValueError(f"{needed}; write each as .npz with pm.io (see pm.io.read)")
+        raise ValueError(
+            f"{needed}; name the files as {', '.join(pattern)} (NWB: pm.io.write_npz(pm.read_nwb(...), path))"
+        )
     found = sorted({path for one in pattern for path in Path(folder).glob(one)})
     if not found:
         raise ValueError(f"{needed}; got {folder}, which has none of {', '.join(pattern)}")

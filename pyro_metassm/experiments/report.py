@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
-import os
 import platform
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import xarray as xr
 
@@ -63,13 +61,6 @@ def write_metrics(numbers: dict, out: Path) -> dict:
     numbers["versions"] = {"python": platform.python_version()} | {p: _version(p) for p in packages}
     (out / "metrics.json").write_text(json.dumps(numbers, indent=2) + "\n")
     return numbers
-
-
-def write_json(value: Any, path: Path) -> None:
-    """Write a JSON file that is either there and complete or not there."""
-    part = path.with_suffix(f".part{os.getpid()}")
-    part.write_text(json.dumps(value), encoding="utf-8")
-    os.replace(part, path)
 
 
 def _version(package: str) -> str:

@@ -21,12 +21,13 @@ import torch
 
 from pyro_metassm import _checks as checks
 from pyro_metassm import saving
-from pyro_metassm.experiments import controls, methods, report, scores
+from pyro_metassm.experiments import controls, methods, scores
 from pyro_metassm.experiments.methods import Method
 from pyro_metassm.experiments.settings import Settings
 from pyro_metassm.experiments.systems import Family, few_trials, renamed, tag
 from pyro_metassm.recordings import Recordings
 from pyro_metassm.result import Fit
+from pyro_metassm.writing import write_json
 
 Say = Callable[[str], None]
 
@@ -158,7 +159,7 @@ def make(piece: Piece, num_threads: int | None = None) -> float:
         training.cache_clear()  # large, and no longer needed
     rows = {"fit": _train, "adapted": _adapt, "control": _control}[piece.kind](piece, num_threads)
     seconds = time.perf_counter() - begin
-    report.write_json({"seconds": seconds, "rows": rows}, piece.path)
+    write_json({"seconds": seconds, "rows": rows}, piece.path)
     return seconds
 
 

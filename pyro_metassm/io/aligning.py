@@ -83,6 +83,8 @@ def recording_of(
     """
     name, trials = session.name, session.trials
     width = checks.bin_width_of(name, how.bin_width)
+    if how.window is not None:
+        binning.window_of(f"recording {name!r}", how.window)
     seconds.check(name, session.trains, trials, how.window, how.lag)
     if how.overlap not in ("warn", "error"):
         raise checks.fail(name, 'overlap="warn" or "error"', repr(how.overlap), "choose one")

@@ -39,24 +39,26 @@ def bin_spikes(
         `(events, bins, units)` float32.
 
     Raises:
-        ValueError: A window that is no whole number of bins, events that are not finite, milliseconds.
+        ValueError: No units, a window that is no whole number of bins, events that are not finite, milliseconds.
 
     Example:
         >>> bin_spikes([[0.1, 0.3, 0.35], [0.0]], [0.0], window=(0.0, 0.4), bin_width=0.1)[0].T
         array([[0., 1., 0., 2.],
                [1., 0., 0., 0.]], dtype=float32)
     """
+    if not len(spike_times):
+        raise ValueError("bin_spikes: needed the spike times of one or more units, got none")
     width = checks.bin_width_of("bin_spikes", bin_width)
     num_bins = num_bins_of("bin_spikes", window, width)
     edges = edges_of(times, window[0], width, num_bins)
     return np.stack([counts(finite(train, str(n)), edges) for n, train in enumerate(spike_times)], axis=-1)
 
 
-def num_bins_of(caller: str, window: tuple[float, float], bin_width: float) -> int:
-    """The bins of a window, which must be a whole number.
+def window_of(caller: str, window: Any) -> tuple[float, float]:
+    """Start and stop of a window.
 
     Raises:
-        ValueError: It is not, or the window is empty.
+        ValueError: It is not two finite numbers, or empty.
     """
     try:
         start, stop = (float(side) for side in window)
@@ -66,6 +68,16 @@ def num_bins_of(caller: str, window: tuple[float, float], bin_width: float) -> i
         raise ValueError(
             f"{caller}: needed a window (start, stop) in s, got {window!r}; use such as (-0.1, 0.5)"
         )
+    return start, stop
+
+
+def num_bins_of(caller: str, window: tuple[float, float], bin_width: float) -> int:
+    """The bins of a window, which must be a whole number.
+
+    Raises:
+        ValueError: It is not, or the window is empty.
+    """
+    start, stop = window_of(caller, window)
     exact = (stop - start) / bin_width
     number = round(exact)
     if number < 1 or abs(exact - number) > WHOLE:

@@ -79,7 +79,11 @@ def read_nwb(
     source = os.fspath(path)
     name = PurePosixPath(source.replace("\\", "/")).stem if name is None else name
     name = checks.name_of(name)
-    wanted = [behavior] if isinstance(behavior, str) else list(behavior or ())
+    wanted = [behavior] if isinstance(behavior, str) else behavior or ()
+    if not isinstance(wanted, Sequence) or not all(isinstance(one, str) for one in wanted):
+        raise checks.fail(
+            name, "a path of a series, or several, as behavior", repr(behavior), "pass such as 'hand_vel'"
+        )
     with nwb_files.opened(source) as nwb:
         trials, wide, left = nwb_files.trials_of(nwb, name)
         table = nwb_files.units_of(nwb, name)

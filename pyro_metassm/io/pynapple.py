@@ -61,6 +61,10 @@ def from_pynapple(
     name = checks.name_of(name)
     trials = _trials(name, epochs)
     trials = trials[tables.chosen_rows(name, trials, where, "trials")].reset_index(drop=True)
+    if not hasattr(units, "keys"):
+        raise checks.fail(
+            name, "spike times by unit", type(units).__name__, "pass a TsGroup, or a dict such as {1: times}"
+        )
     ids = list(units.keys())
     if not ids:
         raise checks.fail(name, "at least one unit", "none", "pass a TsGroup")

@@ -30,8 +30,10 @@ def check(
     the trials over five minutes. A window: over 100 s and over ten times the longest trial. A lag: 5 s and more.
 
     Raises:
-        ValueError: Saying which of them, and why.
+        ValueError: Saying which of them, and why; a lag that is no number.
     """
+    if not isinstance(lag, int | float | np.number):
+        raise checks.fail(name, "a lag in seconds", repr(lag), "pass a number, such as 0.1")
     if not np.isfinite(lag) or abs(lag) >= LONGEST_LAG:
         raise checks.fail(
             name,

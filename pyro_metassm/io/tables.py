@@ -50,9 +50,16 @@ def chosen_rows(name: str, table: pd.DataFrame, choice: Choice, what: str) -> np
                 f"{keep.dtype} of shape {keep.shape}",
                 'use such as lambda table: table["result"] == "R"',
             )
+    elif not isinstance(choice, Mapping):
+        raise checks.fail(
+            name,
+            f"columns of the {what} with values, or a function",
+            repr(choice),
+            'use such as {"result": "R"}',
+        )
     else:
         keep = np.ones(len(table), dtype=bool)
-        for column, wanted in dict(choice).items():
+        for column, wanted in choice.items():
             values = column_of(name, table, column, what)
             several = isinstance(wanted, (list, tuple, set, frozenset, np.ndarray))
             passed = values.isin(list(wanted) if several else [wanted]).to_numpy()
