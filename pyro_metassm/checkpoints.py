@@ -194,7 +194,10 @@ def _restore(trainer, header: dict, tensors: dict[str, torch.Tensor]) -> None:
     for key, value in _part(tensors, "optimizer.").items():
         index, name = key.split(".", 1)
         state.setdefault(int(index), {})[name] = value
-    trainer.optimizer.load_state_dict({"state": state, "param_groups": header["groups"]})
+    # Of the options of Adam nothing but the rate changes, and a few depend on the device.
+    groups = trainer.optimizer.state_dict()["param_groups"]
+    groups = [own | {"lr": there["lr"]} for own, there in zip(groups, header["groups"], strict=True)]
+    trainer.optimizer.load_state_dict({"state": state, "param_groups": groups})
     trainer.schedule.load_state_dict(header["schedule"])
     trainer.rng.bit_generator.state = header["numpy_rng"]
     torch.set_rng_state(tensors["rng"])
