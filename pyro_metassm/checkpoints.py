@@ -250,13 +250,24 @@ def _part(tensors: dict[str, torch.Tensor], prefix: str) -> dict[str, torch.Tens
 
 
 def _locked(folder: Path) -> IO | None:
-    """A lock on the folder; None where the system has none, or the folder cannot be written."""
+    """A lock on the folder; None where the system has none, or where states lie in a folder that cannot be written.
+
+    Raises:
+        ValueError: another fit has it, or the folder cannot be written and holds no state: better told now than after
+            the start from the data.
+    """
     try:
         import fcntl
-
-        file = open(folder / ".lock", "w")  # noqa: SIM115 - open for as long as the fit runs
-    except (ImportError, OSError):
+    except ImportError:
         return None
+    try:
+        file = open(folder / ".lock", "w")  # noqa: SIM115 - open for as long as the fit runs
+    except OSError as error:
+        if any(folder.glob("step_*.safetensors")):  # a fit that has ended can be read
+            return None
+        raise ValueError(
+            f"checkpoint {folder}: needed a folder that can be written, got {error}; choose another"
+        ) from error
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:

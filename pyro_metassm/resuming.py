@@ -111,7 +111,9 @@ def _check_optimizer(tensors: dict[str, torch.Tensor], step: int, trainer) -> No
                 f"optimizer.{key}: needed {', '.join(OF_ADAM)} of a parameter, no more and no less"
             )
         value, parameter = tensors[key], parameters[int(index)]
-        dtype, shape = (torch.float32, ()) if name == "step" else (parameter.dtype, parameter.shape)
+        dtype, shape = parameter.dtype, parameter.shape
+        if name == "step":  # in the default dtype of the process where Adam is not in one pass
+            dtype, shape = (torch.float64 if value.dtype == torch.float64 else torch.float32), torch.Size()
         if value.dtype != dtype or value.shape != shape:
             raise ValueError(f"optimizer.{key}: needed {dtype} of shape {tuple(shape)}, got {_kind(value)}")
         if not bool(value.isfinite().all()) or (name != "exp_avg" and bool((value < 0).any())):
