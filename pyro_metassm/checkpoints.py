@@ -241,7 +241,8 @@ def _digest(text: str, tensors: dict[str, torch.Tensor]) -> str:
     found = hashlib.blake2b(text.encode(), digest_size=16)
     for name in sorted(tensors):
         found.update(name.encode())
-        found.update(tensors[name].reshape(-1).view(torch.uint8).numpy().data)
+        if tensors[name].numel():  # an empty one may have strides that no view takes
+            found.update(tensors[name].reshape(-1).view(torch.uint8).numpy().data)
     return found.hexdigest()
 
 
