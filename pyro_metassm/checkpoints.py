@@ -194,7 +194,10 @@ def _restore(trainer, header: dict, tensors: dict[str, torch.Tensor]) -> None:
     for key, value in _part(tensors, "optimizer.").items():
         index, name = key.split(".", 1)
         state.setdefault(int(index), {})[name] = value
-    trainer.optimizer.load_state_dict({"state": state, "param_groups": header["groups"]})
+    # Of the options of Adam nothing but the rate changes, and a few depend on the device.
+    groups = trainer.optimizer.state_dict()["param_groups"]
+    groups = [own | {"lr": there["lr"]} for own, there in zip(groups, header["groups"], strict=True)]
+    trainer.optimizer.load_state_dict({"state": state, "param_groups": groups})
     trainer.schedule.load_state_dict(header["schedule"])
     trainer.rng.bit_generator.state = header["numpy_rng"]
     torch.set_rng_state(tensors["rng"])
@@ -238,7 +241,8 @@ def _digest(text: str, tensors: dict[str, torch.Tensor]) -> str:
     found = hashlib.blake2b(text.encode(), digest_size=16)
     for name in sorted(tensors):
         found.update(name.encode())
-        found.update(tensors[name].reshape(-1).view(torch.uint8).numpy().data)
+        if tensors[name].numel():  # an empty one may have strides that no view takes
+            found.update(tensors[name].reshape(-1).view(torch.uint8).numpy().data)
     return found.hexdigest()
 
 
@@ -247,13 +251,24 @@ def _part(tensors: dict[str, torch.Tensor], prefix: str) -> dict[str, torch.Tens
 
 
 def _locked(folder: Path) -> IO | None:
-    """A lock on the folder; None where the system has none, or the folder cannot be written."""
+    """A lock on the folder; None where the system has none, or where states lie in a folder that cannot be written.
+
+    Raises:
+        ValueError: another fit has it, or the folder cannot be written and holds no state: better told now than after
+            the start from the data.
+    """
     try:
         import fcntl
-
-        file = open(folder / ".lock", "w")  # noqa: SIM115 - open for as long as the fit runs
-    except (ImportError, OSError):
+    except ImportError:
         return None
+    try:
+        file = open(folder / ".lock", "w")  # noqa: SIM115 - open for as long as the fit runs
+    except OSError as error:
+        if any(folder.glob("step_*.safetensors")):  # a fit that has ended can be read
+            return None
+        raise ValueError(
+            f"checkpoint {folder}: needed a folder that can be written, got {error}; choose another"
+        ) from error
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:

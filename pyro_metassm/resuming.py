@@ -7,6 +7,13 @@ from typing import Any
 
 import torch
 
+from pyro_metassm.history import LOOKED_AT
+from pyro_metassm.recordings import Recordings
+
+VALIDATION = "validation_elbo"  # a column that ends with the last step that was validated
+COLUMNS = {"elbo", "log_likelihood", "gradient_norm", "learning_rate", "seconds", VALIDATION}
+OF_ADAM = ("step", "exp_avg", "exp_avg_sq")
+
 
 def check_state(header: dict, tensors: dict[str, torch.Tensor], trainer) -> None:
     """Refuse a state that the trainer could not go on from, before anything is taken from it.
@@ -29,18 +36,94 @@ def check_state(header: dict, tensors: dict[str, torch.Tensor], trainer) -> None
     _alike("schedule", header.get("schedule"), schedule)
     _alike("numpy_rng", header.get("numpy_rng"), trainer.rng.bit_generator.state)
     _alike("seconds", header.get("seconds"), trainer.seconds)
-    parameters = dict(enumerate(p for g in trainer.optimizer.param_groups for p in g["params"]))
-    for key, value in tensors.items():
-        part, _, rest = key.partition(".")
-        if part != "history" and value.is_floating_point() and not bool(value.isfinite().all()):
+    peaks = [group["initial_lr"] for group in trainer.optimizer.param_groups]
+    rates = [group["lr"] for group in header["groups"]]
+    if header["schedule"]["base_lrs"] != peaks or any(r > p for r, p in zip(rates, peaks, strict=True)):
+        raise ValueError(f"groups: needed rates of at most {peaks}, got {rates}")
+    if header["schedule"]["last_epoch"] != step:
+        raise ValueError(f"schedule: needed that of step {step}, got {header['schedule']['last_epoch']}")
+    if header.get("validated", "nothing") is not None:
+        _alike("validated", header.get("validated"), 0.0)
+    _check_skipped(header.get("skipped"), step, trainer.recs)
+    history = {k.removeprefix("history."): v for k, v in tensors.items() if k.startswith("history.")}
+    _check_history(history, step)
+    moments = {k.removeprefix("optimizer."): v for k, v in tensors.items() if k.startswith("optimizer.")}
+    _check_optimizer(moments, step, trainer)
+    known = {f"last_good.{index}": value for index, value in enumerate(trainer.last_good)}
+    for part in ("model", "guide"):
+        known |= {f"{part}.{k}": v for k, v in getattr(trainer, part).state_dict().items()}
+    known["rng"] = known["rng_cuda"] = torch.get_rng_state()
+    rest = {k: v for k, v in tensors.items() if not k.startswith(("history.", "optimizer."))}
+    if wrong := (rest.keys() ^ known.keys()) - {"rng_cuda"}:
+        raise ValueError(f"{min(wrong)}: needed the tensors of this fit, no more and no less")
+    for key, value in rest.items():
+        own = known[key]
+        if value.dtype != own.dtype or (value.shape != own.shape and key != "rng_cuda"):
+            raise ValueError(f"{key}: needed {own.dtype} of shape {tuple(own.shape)}, got {_kind(value)}")
+        # Some numbers may be meant to be infinite, such as bounds in a buffer of the user's.
+        if value.is_floating_point() and bool(own.isfinite().all()) and not bool(value.isfinite().all()):
             raise ValueError(f"{key}: needed finite numbers, got others")
-        if part == "history" and (value.dim() != 1 or len(value) > step):
-            raise ValueError(f"{key}: needed at most {step} numbers, got shape {tuple(value.shape)}")
-        if part == "optimizer":
-            index, _, name = rest.partition(".")
-            parameter = parameters.get(int(index))
-            if parameter is None or (name != "step" and value.shape != parameter.shape):
-                raise ValueError(f"{key}: needed the state of a parameter, got shape {tuple(value.shape)}")
+
+
+def _check_skipped(found: Any, step: int, recs: Recordings) -> None:
+    """Raise ``ValueError`` where this is not what :meth:`History.skipped_as_plain` gives after so many steps."""
+    if not isinstance(found, list):
+        raise ValueError(f"skipped: needed a list, got {found!r:.100}")
+    before = 0
+    for entry in found:
+        if not isinstance(entry, dict) or entry.keys() != {"step", "what", "trials"}:
+            raise ValueError(f"skipped: needed step, what and trials, got {entry!r:.100}")
+        if type(entry["step"]) is not int or not before < entry["step"] <= step:
+            raise ValueError(f"skipped: needed steps up to {step} in order, got {entry['step']!r:.100}")
+        if not isinstance(entry["what"], str) or entry["what"] not in LOOKED_AT:
+            raise ValueError(f"skipped: needed one of {', '.join(LOOKED_AT)}, got {entry['what']!r:.100}")
+        if not isinstance(entry["trials"], dict):
+            raise ValueError(f"skipped: needed trials by recording, got {entry['trials']!r:.100}")
+        for name, trials in entry["trials"].items():
+            number = recs[name].num_trials if name in recs else 0
+            if not isinstance(trials, list) or not all(type(k) is int and 0 <= k < number for k in trials):
+                raise ValueError(f"skipped: needed trials of recordings, got {name!r:.40}: {trials!r:.60}")
+        before = entry["step"]
+
+
+def _check_history(columns: dict[str, torch.Tensor], step: int) -> None:
+    """Raise ``ValueError`` where these are not the columns of a :class:`History` after so many steps."""
+    for name, column in columns.items():
+        if name not in COLUMNS and (not name.startswith("kl_") or "/" in name):
+            raise ValueError(f"history.{name}: needed a column of a history, got another")
+        if column.dtype != torch.float64 or column.dim() != 1 or len(column) > step:
+            raise ValueError(f"history.{name}: needed at most {step} float64 numbers, got {_kind(column)}")
+        if name != VALIDATION and len(column) < step:
+            raise ValueError(f"history.{name}: needed {step} numbers, got {_kind(column)}")
+    if step and (missing := COLUMNS - {VALIDATION} - columns.keys()):
+        raise ValueError(f"history: needed {', '.join(sorted(missing))}, got none")
+
+
+def _check_optimizer(tensors: dict[str, torch.Tensor], step: int, trainer) -> None:
+    """Raise ``ValueError`` where these are not what Adam knows of the trainer's parameters."""
+    parameters = [p for group in trainer.optimizer.param_groups for p in group["params"]]
+    needed = {f"{key.partition('.')[0]}.{name}" for key in tensors for name in OF_ADAM}
+    indices = {str(index) for index in range(len(parameters))}
+    for key in tensors.keys() | needed:
+        index, _, name = key.partition(".")
+        if key not in tensors or name not in OF_ADAM or index not in indices:
+            raise ValueError(
+                f"optimizer.{key}: needed {', '.join(OF_ADAM)} of a parameter, no more and no less"
+            )
+        value, parameter = tensors[key], parameters[int(index)]
+        dtype, shape = parameter.dtype, parameter.shape
+        if name == "step":  # in the default dtype of the process where Adam is not in one pass
+            dtype, shape = (torch.float64 if value.dtype == torch.float64 else torch.float32), torch.Size()
+        if value.dtype != dtype or value.shape != shape:
+            raise ValueError(f"optimizer.{key}: needed {dtype} of shape {tuple(shape)}, got {_kind(value)}")
+        if not bool(value.isfinite().all()) or (name != "exp_avg" and bool((value < 0).any())):
+            raise ValueError(f"optimizer.{key}: needed finite numbers, and no negative ones, got others")
+        if name == "step" and float(value) > step:
+            raise ValueError(f"optimizer.{key}: needed at most {step}, got {float(value)}")
+
+
+def _kind(value: torch.Tensor) -> str:
+    return f"{value.dtype} of shape {tuple(value.shape)}"
 
 
 def _alike(where: str, found: Any, like: Any) -> None:
@@ -58,5 +141,5 @@ def _alike(where: str, found: Any, like: Any) -> None:
     elif isinstance(like, bool) or not isinstance(like, int | float):
         if type(found) is not type(like) or (isinstance(like, str) and found != like):
             raise ValueError(f"{where}: needed {like!r}, or another of its kind, got {found!r:.100}")
-    elif type(found) not in (int, float) or not math.isfinite(found) or (found < 0 <= like):
-        raise ValueError(f"{where}: needed a finite number, got {found!r:.100}")
+    elif type(found) not in (int, type(like)) or not math.isfinite(found) or (found < 0 <= like):
+        raise ValueError(f"{where}: needed a finite number such as {like!r}, got {found!r:.100}")

@@ -447,6 +447,23 @@ def test_a_file_is_no_folder(recs, tmp_path):
         pm.fit(*parts(recs), recs, **SHORT, checkpoint=tmp_path / "file")
 
 
+def test_a_folder_that_cannot_be_written_is_told_before_the_fit(recs, tmp_path, monkeypatch):
+    """Whoever runs the tests may write anywhere, so what stands in the way is a folder in place of the lock."""
+    pytest.importorskip("fcntl")
+    (tmp_path / "new" / ".lock").mkdir(parents=True)
+    with (
+        monkeypatch.context() as patch,
+        pytest.raises(ValueError, match=r"that can be written, got .*choose another"),
+    ):
+        patch.setattr(Trainer, "take_step", lambda self: pytest.fail("a step was taken"))
+        pm.fit(*parts(recs), recs, **SHORT, checkpoint=tmp_path / "new")
+    # One that has ended is read all the same.
+    ended = pm.fit(*parts(recs), recs, **SHORT, checkpoint=tmp_path / "old")
+    (tmp_path / "old" / ".lock").unlink()
+    (tmp_path / "old" / ".lock").mkdir()
+    assert_same(pm.fit(*parts(recs), recs, **SHORT, checkpoint=tmp_path / "old"), ended)
+
+
 def test_fits_that_are_killed_end_in_the_same_bits():
     """Four kills, in writes and at random moments, of tests/reliability/kills.py; `make reliability` does fifty."""
     script = Path(__file__).parent / "reliability" / "kills.py"

@@ -12,6 +12,7 @@ from problems import recordings
 
 import pyro_metassm as pm
 from pyro_metassm import _interrupts as interrupts
+from pyro_metassm import _machine as machine
 from pyro_metassm.recordings import Recordings
 from pyro_metassm.trainer import Trainer
 from pyro_metassm.warm_start import DynamicsFirst
@@ -120,6 +121,51 @@ def test_the_last_step_may_be_the_one(recs, monkeypatch):
     with pytest.warns(UserWarning, match="interrupted at step 6 of 6"):
         fit = pm.fit(*parts(recs), recs, **QUICK)
     assert_parameters(fit, expected)
+
+
+@pytest.mark.parametrize("what", ["adapt", "posterior", "waiting"])
+def test_elsewhere_ctrl_c_raises_and_leaves_nothing_behind(recs, monkeypatch, what):
+    """In an adaptation, in draws, and in a fit that waits for that of another thread."""
+    model, guide = parts(recs.drop(["a"]))
+    fit = pm.fit(model, guide, recs.drop(["a"]), **QUICK)
+    before, number = torch.get_rng_state(), torch.get_num_threads()
+    held, done = threading.Event(), threading.Event()
+
+    def hold():
+        with machine.alone():
+            held.set()
+            done.wait(30)
+
+    if what == "adapt":
+        pressed(monkeypatch, at=1)
+        with pytest.raises(KeyboardInterrupt):
+            few = {"num_steps": 3, "num_starts": 2, "search_steps": 2, "progress": False}
+            pm.adapt(fit, recs.select(["a"]), **few)
+    elif what == "posterior":
+        monkeypatch.setattr(type(fit.guide), "forward", lambda *args, **kwargs: press())
+        monkeypatch.setattr(type(fit.model), "forward", lambda *args, **kwargs: press())
+        with pytest.raises(KeyboardInterrupt):
+            pm.posterior(fit, recs.drop(["a"]), num_samples=2)
+    else:
+        other, timer = threading.Thread(target=hold), threading.Timer(0.1, press)
+        other.start(), held.wait(30), timer.start()
+        try:
+            with pytest.raises(KeyboardInterrupt):
+                pm.fit(model, guide, recs.drop(["a"]), **QUICK)
+        finally:
+            done.set(), other.join(), timer.join()
+    assert torch.equal(before, torch.get_rng_state()) and torch.get_num_threads() == number
+    free = []
+
+    def ask():
+        free.append(machine._lock.acquire(timeout=5))
+        if free[-1]:
+            machine._lock.release()
+
+    asking = threading.Thread(target=ask)
+    monkeypatch.undo()
+    asking.start(), asking.join()
+    assert free == [True]
 
 
 def test_another_thread_leaves_the_handler_alone():

@@ -12,7 +12,7 @@ import numpy as np
 
 from pyro_metassm import _attributes as attributes
 from pyro_metassm import _checks as checks
-from pyro_metassm.io._files import LARGEST
+from pyro_metassm.io._files import LARGEST, said
 from pyro_metassm.io.lazy import LazyRecording, Store
 from pyro_metassm.recordings import Recording, Recordings
 
@@ -108,12 +108,12 @@ def open_zarr(path: str | os.PathLike[str], names: Iterable[str] | None = None) 
     for name in wanted:
         if name not in known:
             raise ValueError(f"{path}: needed a recording {name!r}, got only {checks.some(list(known), 40)}")
-    store = Store()
+    store = Store(str(path))
     try:
         root = zarr.open_group(str(path), mode="r")
         return Recordings([_open(root[f"r{known[name]}"], name, store) for name in wanted])
-    except (ValueError, OSError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path}: no recordings in a Zarr store: {error}") from error
+    except Exception as error:  # of zarr: damaged stores bring out every kind
+        raise ValueError(f"{path}: no recordings in a Zarr store: {said(error)}") from error
 
 
 def read_zarr(path: str | os.PathLike[str], name: str | None = None) -> Recording:
@@ -150,11 +150,12 @@ def _header(path: str | os.PathLike[str]) -> dict[str, Any]:
         raise FileNotFoundError(f"{path}: no such store")
     try:
         attrs = json.loads((Path(path) / "zarr.json").read_text(encoding="utf-8")).get("attributes", {})
-    except (OSError, ValueError, AttributeError) as error:
+    except (OSError, ValueError, AttributeError, RecursionError) as error:
         raise ValueError(f"{path}: needed a Zarr store of recordings, got something else: {error}") from error
-    names = attrs.get("names")
+    names = attrs.get("names") if isinstance(attrs, dict) else None
     if (
-        attrs.get("format") != FORMAT
+        names is None
+        or attrs.get("format") != FORMAT
         or not isinstance(names, list)
         or not all(isinstance(n, str) for n in names)
     ):

@@ -431,6 +431,36 @@ class Checkpoints(Target):
         return None if isinstance(result, pm.Fit) and steps == 2 else f"a history of {steps} steps"
 
 
+class Pools(Target):
+    """Zarr stores of recordings: their JSON, which claims sizes and codecs, and their chunks."""
+
+    def __init__(self, folder: Path):
+        super().__init__(folder)
+        pm.io.write_zarr([recording()], self.path)
+        self.files = {path: path.read_bytes() for path in sorted(self.path.rglob("*")) if path.is_file()}
+
+    @property
+    def path(self) -> Path:
+        return self.folder / "pool.zarr"
+
+    def write(self, rng: Random) -> None:
+        shutil.rmtree(self.path)
+        changed = rng.choice(list(self.files))
+        for path, data in self.files.items():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            if path == changed:
+                if path.suffix == ".json" and rng.random() < 0.8:
+                    data = mutations.json_text(rng, json.loads(data))
+                elif rng.random() < 0.1:
+                    continue
+                else:
+                    data = mutations.some_bytes(rng, data)
+            path.write_bytes(data)
+
+    def read(self) -> Any:
+        return pm.io.read_zarr(self.path)
+
+
 class Studies(Target):
     """The settings that a study finds in its folder."""
 
@@ -456,6 +486,7 @@ class Studies(Target):
 
 TARGETS: dict[str, type[Target]] = {
     "npz": Npz, "netcdf": NetCDF, "fit": Fits, "checkpoint": Checkpoints, "settings": Studies,
+    "zarr": Pools,
 }  # fmt: skip
 
 

@@ -19,7 +19,7 @@ import pyro_metassm as pm
 from pyro_metassm import _attributes as attributes
 
 # Few where a case costs much.
-CASES = {"npz": 120, "netcdf": 25, "fit": 40, "checkpoint": 8, "settings": 60}
+CASES = {"npz": 120, "netcdf": 25, "fit": 40, "checkpoint": 8, "settings": 60, "zarr": 25}
 # The next state is written; a fit goes on, and the signatures that the suite checks are compiled at first use.
 MAY = {"checkpoint": ("os.remove", "os.rename", "exec", "compile")}
 
