@@ -259,8 +259,8 @@ def test_coordinates_are_checked_when_a_store_is_opened(change, message, tmp_pat
 
     write_zarr(RECORDINGS["full"], tmp_path / "a.zarr")
     group = zarr.open_group(str(tmp_path / "a.zarr"), mode="r+")["r0"]
-    about = stores.checks.from_json(group.attrs["recording"])
-    group.attrs["recording"] = stores.checks.to_json(about | change)
+    about = stores.attributes.from_json(group.attrs["recording"])
+    group.attrs["recording"] = stores.attributes.to_json(about | change)
     if "name" in change:
         with pytest.raises(ValueError, match=message):
             lazy.LazyRecording.of(

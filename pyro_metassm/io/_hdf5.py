@@ -12,6 +12,7 @@ from pyro_metassm.io._files import refuse_claims
 
 MOST_OBJECTS = 10_000
 LONG = 2**24  # bytes
+OBJECT = 256  # bytes that a file needs, about, to have one more of them
 PIECE = 64  # texts of any length read at a time, to see how long they are
 
 
@@ -30,18 +31,16 @@ def inspect(path: str | os.PathLike[str], largest: int) -> None:
         ValueError: what is refused.
         OSError: no HDF5 file.
     """
+    size = os.path.getsize(path)
     with h5py.File(path, "r") as file:
         seen: set[Any] = set()
         groups: list[h5py.Group] = [file]
         claimed = 0
         while groups:
             group = groups.pop()
-            claimed += _attributes(group, path)
+            claimed += _attributes(group, size)
             for name in group:
-                link = group.get(name, getlink=True)
-                if not isinstance(link, h5py.HardLink):
-                    raise ValueError(f"{name!r}: needed data in the file itself, got a {type(link).__name__}")
-                item = group[name]
+                item = own(group, name)
                 address = h5py.h5o.get_info(item.id).addr
                 if address in seen:
                     continue
@@ -51,19 +50,89 @@ def inspect(path: str | os.PathLike[str], largest: int) -> None:
                 if isinstance(item, h5py.Group):
                     groups.append(item)
                 elif isinstance(item, h5py.Dataset):
-                    claimed += _claimed(item, name)
+                    claimed += math.prod(item.shape or ()) * item.dtype.itemsize
                     _check_scales(item, name)
-                    claimed += _attributes(item, path)
-                    refuse_claims(claimed, path, largest)
+                    claimed += _attributes(item, size)
+                    refuse_claims(claimed, size, largest)
                     if item.dtype.hasobject:
-                        claimed += _texts(item, path, largest)
-        refuse_claims(claimed, path, largest)
+                        claimed += _texts(item, size, largest)
+        refuse_claims(claimed, size, largest)
 
 
-def _claimed(dataset: h5py.Dataset, name: str) -> int:
-    if dataset.external or dataset.is_virtual:
-        raise ValueError(f"{name!r}: needed data in the file itself, got data that lie in another file")
-    return math.prod(dataset.shape or ()) * dataset.dtype.itemsize
+def own(group: h5py.Group, name: str) -> Any:
+    """What a group has of this name; refused is what another file, or another place, has.
+
+    Raises:
+        ValueError: A link that is no hard one, or data that lie in another file.
+    """
+    link = group.get(name, getlink=True)
+    if not isinstance(link, h5py.HardLink):
+        raise ValueError(f"{name!r}: needed data in the file itself, got a {type(link).__name__}")
+    return refuse_foreign(group[name])
+
+
+def refuse_foreign(item: Any) -> Any:
+    """The item, if its data lie in its own file.
+
+    Raises:
+        ValueError: They do not.
+    """
+    if isinstance(item, h5py.Dataset) and (item.external or item.is_virtual):
+        raise ValueError(f"{item.name!r}: needed data in the file itself, got data that lie in another file")
+    return item
+
+
+def inspect_links(file: h5py.File, largest: int) -> None:
+    """As `inspect` of a large file of which little is to be read: what it claims is asked of chunks and attributes.
+
+    Links within the file are followed to where they lead; `refuse_reading` asks for what is read after that.
+
+    Raises:
+        ValueError: What is refused.
+    """
+    size, claimed = file.id.get_filesize(), 0
+    seen: set[Any] = set()
+    groups: list[h5py.Group] = [file]
+    while groups:
+        group = groups.pop()
+        claimed += _attributes(group, size)
+        for name in group:
+            if isinstance(group.get(name, getlink=True), h5py.SoftLink):
+                continue  # leads to what is looked at, or nowhere
+            item = own(group, name)
+            address = h5py.h5o.get_info(item.id).addr
+            if address in seen:
+                continue
+            seen.add(address)
+            claimed += OBJECT
+            if isinstance(item, h5py.Group):
+                groups.append(item)
+            if not isinstance(item, h5py.Dataset):
+                continue
+            claimed += _attributes(item, size)
+            _check_scales(item, name)
+            if item.chunks:  # one is unpacked, whatever is read
+                refuse_claims(math.prod(item.chunks) * item.dtype.itemsize, size, largest)
+            refuse_claims(claimed, size, largest)
+
+
+def refuse_reading(data: Any, largest: int) -> Any:
+    """The data, if it is not one of HDF5 that claims more than its file may.
+
+    Raises:
+        ValueError: It is.
+    """
+    dataset = getattr(data, "dataset", data)
+    if isinstance(dataset, h5py.Dataset):
+        size = dataset.file.id.get_filesize()
+        refuse_claims(math.prod(dataset.shape or ()) * max(dataset.dtype.itemsize, 8), size, largest)
+        if (
+            dataset.dtype.hasobject
+            and h5py.check_ref_dtype(dataset.dtype) is None
+            and not dataset.dtype.names
+        ):
+            _texts(dataset, size, largest)
+    return data
 
 
 def _check_scales(dataset: h5py.Dataset, name: str) -> None:
@@ -91,9 +160,9 @@ def _check_scales(dataset: h5py.Dataset, name: str) -> None:
             raise ValueError(f"{name!r}: needed {key} as HDF5 writes it, got {dtype} of shape {shape}")
 
 
-def _attributes(item: h5py.HLObject, path: str | os.PathLike[str]) -> int:
+def _attributes(item: h5py.HLObject, size: int) -> int:
     """Bytes of the attributes of a group or data set; texts of any length count as if they were long."""
-    total, long = 0, min(os.path.getsize(path), LONG)
+    total, long = 0, min(size, LONG)
     for name in item.attrs:
         found = item.attrs.get_id(name)
         many = math.prod(found.shape)
@@ -101,12 +170,12 @@ def _attributes(item: h5py.HLObject, path: str | os.PathLike[str]) -> int:
     return total
 
 
-def _texts(dataset: h5py.Dataset, path: str | os.PathLike[str], largest: int) -> int:
+def _texts(dataset: h5py.Dataset, size: int, largest: int) -> int:
     """Bytes of all texts (or lists) of a data set, read piece by piece."""
     total = 0
     if dataset.ndim == 0:
         return len(dataset[()])
     for first in range(0, len(dataset), PIECE):
         total += sum(len(item) for item in dataset[first : first + PIECE].ravel())
-        refuse_claims(total, path, largest)
+        refuse_claims(total, size, largest)
     return total

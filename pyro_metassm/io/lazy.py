@@ -104,12 +104,8 @@ class LazyRecording(Recording):
         """Some rows (of this recording) of an array, up to a bin; values zero where missing, the mask by neuron."""
         own = self._rows if rows is None else self._rows[rows]
         bins = slice(self._bins.start, self._bins.stop if stop is None else self._bins.start + stop)
-        steps = np.diff(own)
         try:
-            if len(own) and (steps == 1).all():
-                array = self._source[key][int(own[0]) : int(own[-1]) + 1, bins]
-            else:
-                array = self._source[key].oindex[own, bins]
+            array = self._source[key].read(own, bins)
         except (ValueError, OSError, RuntimeError, KeyError) as error:
             raise ValueError(
                 f"recording {self.name!r}: needed {key} of trials {checks.some(own)}, got damaged chunks ({error}); "
