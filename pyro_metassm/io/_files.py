@@ -45,7 +45,8 @@ def naming(path: str | os.PathLike[str], what: str) -> Iterator[None]:
 
 def said(error: BaseException) -> str:
     """The text of an error, with its kind where that is no ``ValueError`` and so may not be in words for a user."""
-    return str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
+    text = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
+    return "".join(letter if letter.isprintable() or letter == "\n" else "?" for letter in text)
 
 
 def refuse_claims(claimed: int, size: int, largest: int = LARGEST) -> None:

@@ -60,12 +60,12 @@ def read_nlb(
     if part not in ("train", "eval"):
         raise ValueError(f'read_nlb: needed part="train" or "eval", got {part!r}')
     shapes, arrays, group = _arrays(paths, part)
-    name = checks.name_of(name or group or Path(paths[0]).stem)
-    if bin_width is None:
-        if group is None:
-            raise checks.fail(name, "a bin_width", "no target file that tells it", "pass such as 0.005")
-        bin_width = 0.02 if group.endswith("_20") else 0.005
     with naming(" and ".join(map(str, paths)), "recording in these files"):
+        name = checks.name_of(name or group or Path(paths[0]).stem)
+        if bin_width is None:
+            if group is None:
+                raise checks.fail(name, "a bin_width", "no target file that tells it", "pass such as 0.005")
+            bin_width = 0.02 if group.endswith("_20") else 0.005
         size = sum(os.path.getsize(path) for path in paths)
         return _recording(name, part, bin_width, shapes, arrays, size)
 
