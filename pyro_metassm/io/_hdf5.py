@@ -7,12 +7,12 @@ import os
 from typing import Any
 
 import h5py
+import numpy as np
 
-from pyro_metassm.io._files import refuse_claims
+from pyro_metassm.io._files import LARGEST, refuse_claims
 
 MOST_OBJECTS = 10_000
 LONG = 2**24  # bytes
-OBJECT = 256  # bytes that a file needs, about, to have one more of them
 PIECE = 64  # texts of any length read at a time, to see how long they are
 
 
@@ -82,7 +82,7 @@ def refuse_foreign(item: Any) -> Any:
     return item
 
 
-def inspect_links(file: h5py.File, largest: int) -> None:
+def inspect_links(file: h5py.File, largest: int = LARGEST) -> None:
     """As `inspect` of a large file of which little is to be read: what it claims is asked of chunks and attributes.
 
     Links within the file are followed to where they lead; `refuse_reading` asks for what is read after that.
@@ -95,7 +95,7 @@ def inspect_links(file: h5py.File, largest: int) -> None:
     groups: list[h5py.Group] = [file]
     while groups:
         group = groups.pop()
-        claimed += _attributes(group, size)
+        claimed += _read_attributes(group, size, largest)
         for name in group:
             if isinstance(group.get(name, getlink=True), h5py.SoftLink):
                 continue  # leads to what is looked at, or nowhere
@@ -104,35 +104,32 @@ def inspect_links(file: h5py.File, largest: int) -> None:
             if address in seen:
                 continue
             seen.add(address)
-            claimed += OBJECT
             if isinstance(item, h5py.Group):
                 groups.append(item)
-            if not isinstance(item, h5py.Dataset):
-                continue
-            claimed += _attributes(item, size)
-            _check_scales(item, name)
-            if item.chunks:  # one is unpacked, whatever is read
-                refuse_claims(math.prod(item.chunks) * item.dtype.itemsize, size, largest)
+            elif isinstance(item, h5py.Dataset):
+                claimed += _read_attributes(item, size, largest)
+                if item.chunks:  # one is unpacked, whatever is read
+                    refuse_claims(math.prod(item.chunks) * item.dtype.itemsize, size, largest)
             refuse_claims(claimed, size, largest)
 
 
-def refuse_reading(data: Any, largest: int) -> Any:
-    """The data, if it is not one of HDF5 that claims more than its file may.
+def refuse_reading(*several: Any, largest: int = LARGEST) -> None:
+    """Refuse data of HDF5 that claim, all together, more than their file may; others are in memory.
 
     Raises:
-        ValueError: It is.
+        ValueError: They do, or they lie in another file.
     """
-    dataset = getattr(data, "dataset", data)
-    if isinstance(dataset, h5py.Dataset):
-        size = dataset.file.id.get_filesize()
-        refuse_claims(math.prod(dataset.shape or ()) * max(dataset.dtype.itemsize, 8), size, largest)
-        if (
-            dataset.dtype.hasobject
-            and h5py.check_ref_dtype(dataset.dtype) is None
-            and not dataset.dtype.names
-        ):
-            _texts(dataset, size, largest)
-    return data
+    claimed = 0
+    for data in several:
+        dataset = getattr(data, "dataset", data)
+        if isinstance(dataset, h5py.Dataset):
+            refuse_foreign(dataset)
+            size = dataset.file.id.get_filesize()
+            claimed += math.prod(dataset.shape or ()) * dataset.dtype.itemsize
+            refuse_claims(claimed, size, largest)
+            if h5py.check_string_dtype(dataset.dtype) or h5py.check_vlen_dtype(dataset.dtype):
+                claimed += _texts(dataset, size, largest) if dataset.dtype.hasobject else 0
+                refuse_claims(claimed, size, largest)
 
 
 def _check_scales(dataset: h5py.Dataset, name: str) -> None:
@@ -167,6 +164,20 @@ def _attributes(item: h5py.HLObject, size: int) -> int:
         found = item.attrs.get_id(name)
         many = math.prod(found.shape)
         total += many * found.dtype.itemsize + (many - 1) * long * found.dtype.hasobject
+    return total
+
+
+def _read_attributes(item: h5py.HLObject, size: int, largest: int) -> int:
+    """Bytes of the attributes, which are read if those of each by itself cannot be too many."""
+    total = 0
+    for name in item.attrs:
+        found = item.attrs.get_id(name)
+        many = math.prod(found.shape or ())
+        total += many * found.dtype.itemsize
+        if found.dtype.hasobject and many > 1:
+            refuse_claims(many * min(size, LONG), size, largest)
+            values = np.ravel(item.attrs[name]).tolist()
+            total += sum(len(value) for value in values if isinstance(value, (str, bytes, np.ndarray)))
     return total
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import numpy as np
 import pandas as pd
 
 from pyro_metassm import _checks as checks
-from pyro_metassm.io._files import LARGEST, naming
+from pyro_metassm.io._files import naming, refuse_claims
 from pyro_metassm.io._hdf5 import inspect_links, refuse_reading
 from pyro_metassm.io.aligning import Series
 
@@ -51,7 +52,7 @@ def opened(path: str) -> Iterator[Any]:
             source = path
         with naming(path, "NWB file that can be read (copy it again if it was cut short)"):
             file = stack.enter_context(h5py.File(source, "r"))
-            inspect_links(file, LARGEST)
+            inspect_links(file)
             nwb = stack.enter_context(pynwb.NWBHDF5IO(file=file, mode="r", load_namespaces=True)).read()
         with naming(path, "recording in an NWB file"):
             yield nwb
@@ -97,6 +98,8 @@ def series_of(nwb: Any, name: str, wanted: str) -> Series:
         raise checks.fail(
             name, f"{paths[0]} with numbers (samples, dims)", f"shape {shape}", "use another series"
         )
+    refuse_reading(data, largest=sys.maxsize)  # of which windows are read
+    refuse_claims(8 * shape[0], 8 * shape[0])  # the times, all of them
     if series.timestamps is not None:
         times = np.asarray(whole(series.timestamps), dtype=np.float64)
     elif series.rate:
@@ -146,11 +149,11 @@ def _table(table: Any, skip: tuple[str, ...]) -> tuple[pd.DataFrame, dict[str, n
     columns: dict[str, np.ndarray] = {}
     wide: dict[str, np.ndarray] = {}
     rest: list[str] = []
-    for key in table.colnames:
-        if key in skip:
-            continue
-        column = table[key]
-        values = whole(column.data) if type(column).__name__ in ("VectorData", "EnumData") else None
+    found = {key: table[key] for key in table.colnames if key not in skip}
+    plain = {key for key, column in found.items() if type(column).__name__ in ("VectorData", "EnumData")}
+    refuse_reading(*(found[key].data for key in plain))  # all together
+    for key, column in found.items():
+        values = column.data[:] if key in plain else None
         array = None if values is None else np.asarray(values)
         if array is not None and array.dtype.kind == "O" and array.ndim == 1:
             texts = [item.decode() if isinstance(item, bytes) else item for item in array.tolist()]
@@ -206,10 +209,11 @@ def ragged(column: Any, rows: np.ndarray) -> list[np.ndarray]:
     """The entries of a ragged column in some rows; no other is read."""
     ends = np.asarray(whole(column.data), dtype=np.int64)
     starts = np.concatenate([[0], ends[:-1]]).astype(np.int64)
-    flat = refuse_reading(column.target.data, LARGEST)
-    return [np.asarray(flat[starts[row] : ends[row]], dtype=np.float64) for row in rows]
+    refuse_reading(column.target.data)
+    return [np.asarray(column.target.data[starts[row] : ends[row]], dtype=np.float64) for row in rows]
 
 
 def whole(data: Any) -> Any:
     """All of some data, after a look at what they claim."""
-    return refuse_reading(data, LARGEST)[:]
+    refuse_reading(data)
+    return data[:]
