@@ -16,7 +16,7 @@ from pyro_metassm.io.structures import from_dict
 from pyro_metassm.recordings import Recording
 
 DEEPEST = 16  # structures within structures
-ITEM = 256  # bytes of a file for a cell or a field, at the least about
+ITEM = 1024  # bytes that a cell or a field counts for: each takes about as much in memory, and time
 
 
 class Budget:
