@@ -84,7 +84,7 @@ def test_files_that_are_none_or_cut_short(centre_out, tmp_path):
         ("empty", b""),
     ):
         (tmp_path / f"{name}.nwb").write_bytes(data)
-        with pytest.raises(ValueError, match=r"no NWB file that can be read .* cut short"):
+        with pytest.raises(ValueError, match=r"\.nwb: no NWB file that can be read .* cut short"):
             pm.read_nwb(tmp_path / f"{name}.nwb", **CENTRE_OUT)
     with h5py.File(tmp_path / "other.nwb", "w") as file:
         file["x"] = 1

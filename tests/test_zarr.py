@@ -264,7 +264,7 @@ def test_coordinates_are_checked_when_a_store_is_opened(change, message, tmp_pat
     if "name" in change:
         with pytest.raises(ValueError, match=message):
             lazy.LazyRecording.of(
-                about | change, {key: group[key] for key in ("values", "mask")}, lazy.Store("store")
+                about | change, {key: group[key] for key in ("values", "mask")}, lazy.Store()
             )
     else:
         with pytest.raises(ValueError, match=message):

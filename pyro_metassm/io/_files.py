@@ -28,25 +28,35 @@ def reading(path: str | os.PathLike[str], what: str) -> Iterator[None]:
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f"{path}: no such file")
+    with naming(path, what):
+        yield
+
+
+@contextmanager
+def naming(path: str | os.PathLike[str], what: str) -> Iterator[None]:
+    """As `reading`, of what may be a folder or an address."""
     try:
         yield
+    except ImportError:  # a library that is not installed
+        raise
     except Exception as error:  # of the libraries that read: damaged files bring out every kind
         raise ValueError(f"{path}: no {what}: {said(error)}") from error
 
 
 def said(error: BaseException) -> str:
     """The text of an error, with its kind where that is no ``ValueError`` and so may not be in words for a user."""
-    return str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
+    text = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
+    return "".join(letter if letter.isprintable() or letter == "\n" else "?" for letter in text)
 
 
-def refuse_claims(claimed: int, path: str | os.PathLike[str], largest: int = LARGEST) -> None:
+def refuse_claims(claimed: int, size: int, largest: int = LARGEST) -> None:
     """Refuse a file that claims more bytes than may be, or than packed data of its size hold.
 
     A few bytes can claim any size, packed or as a fill value, and are to be refused before memory is asked for.
 
     Args:
         claimed: bytes of all arrays, unpacked, as the file has it.
-        path: the file.
+        size: bytes of the file.
         largest: bytes that no file may exceed.
 
     Raises:
@@ -54,7 +64,6 @@ def refuse_claims(claimed: int, path: str | os.PathLike[str], largest: int = LAR
     """
     if claimed > largest:
         raise ValueError(f"needed at most {largest} bytes, got {claimed}; split the recording")
-    size = Path(path).stat().st_size
     if claimed > max(SMALL, EXPANSION * size):
         raise ValueError(
             f"needed at most {EXPANSION} bytes for each byte of the file, got {claimed} for {size}; if this is no "

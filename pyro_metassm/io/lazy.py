@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -14,28 +13,17 @@ from pyro_metassm import _attributes as attributes
 from pyro_metassm import _checks as checks
 from pyro_metassm._recording import Recording
 from pyro_metassm._selecting import refuse_empty, window_of
-from pyro_metassm.io._files import said
 
 
 class Store:
     """The whole arrays of the recording that was last looked at: of all recordings of a store, one is in memory."""
 
-    def __init__(self, path: str) -> None:
-        self.path = path
+    def __init__(self) -> None:
         self.owner: LazyRecording | None = None
         self.arrays: dict[str, np.ndarray] = {}
 
     def __deepcopy__(self, memo: Any) -> Store:
-        return Store(self.path)
-
-    @contextmanager
-    def naming(self) -> Iterator[None]:
-        """Whatever goes wrong with what is in the store is a ``ValueError`` that names it."""
-        try:
-            yield
-        except Exception as error:  # of the library that reads: damaged chunks bring out every kind
-            text = said(error)
-            raise ValueError(text if self.path in text else f"{self.path}: {text}") from error
+        return Store()
 
 
 class LazyRecording(Recording):
@@ -108,8 +96,7 @@ class LazyRecording(Recording):
         keys = ("lengths", "condition", "neuron_ids", "held_out_neurons", "attrs")
         more: dict[str, Any] = {key: getattr(self, key) for key in keys}
         series = {key: getattr(self, key) for key in ("mask", "inputs", "behavior")}
-        with self._store.naming():
-            return Recording(self.name, self.values, bin_width=self.bin_width, **more, **series)
+        return Recording(self.name, self.values, bin_width=self.bin_width, **more, **series)
 
     # What the store has is read here, and nowhere else.
 
@@ -117,16 +104,12 @@ class LazyRecording(Recording):
         """Some rows (of this recording) of an array, up to a bin; values zero where missing, the mask by neuron."""
         own = self._rows if rows is None else self._rows[rows]
         bins = slice(self._bins.start, self._bins.stop if stop is None else self._bins.start + stop)
-        steps = np.diff(own)
         try:
-            if len(own) and (steps == 1).all():
-                array = self._source[key][int(own[0]) : int(own[-1]) + 1, bins]
-            else:
-                array = self._source[key].oindex[own, bins]
-        except Exception as error:  # of zarr and its codecs
+            array = self._source[key].read(own, bins)
+        except (ValueError, OSError, RuntimeError, KeyError) as error:
             raise ValueError(
-                f"{self._store.path}: recording {self.name!r}: needed {key} of trials {checks.some(own)}, got "
-                f"damaged chunks ({error}); copy the store again"
+                f"recording {self.name!r}: needed {key} of trials {checks.some(own)}, got damaged chunks ({error}); "
+                "copy the store again"
             ) from error
         if key == "mask":
             shape = (*array.shape[:2], self.num_neurons)
@@ -136,8 +119,7 @@ class LazyRecording(Recording):
         if key == "values":
             array = array.astype(self._about["dtype"], copy=False)
         if key != "behavior" and not np.isfinite(array).all():
-            with self._store.naming():
-                raise checks.fail(self.name, f"finite {key}", "others in the store", "copy the store again")
+            raise checks.fail(self.name, f"finite {key}", "others in the store", "copy the store again")
         return array
 
     def _whole(self, key: str) -> np.ndarray | None:

@@ -2,17 +2,32 @@
 
 from __future__ import annotations
 
+import math
 import os
 from pathlib import Path
 from typing import Any
 
+import h5py
 import numpy as np
 
-from pyro_metassm.io._files import LARGEST
+from pyro_metassm.io._files import naming, reading, refuse_claims
+from pyro_metassm.io._hdf5 import own, refuse_foreign
 from pyro_metassm.io.structures import from_dict
 from pyro_metassm.recordings import Recording
 
 DEEPEST = 16  # structures within structures
+ITEM = 1024  # bytes that a cell or a field counts for: each takes about as much in memory, and time
+
+
+class Budget:
+    """What may be read of a file of some bytes, its cells counted whenever they are met: they can be in themselves."""
+
+    def __init__(self, size: int) -> None:
+        self.size, self.claimed = size, 0
+
+    def take(self, claimed: int) -> None:
+        self.claimed += claimed
+        refuse_claims(self.claimed, self.size)
 
 
 def read_mat(
@@ -52,19 +67,8 @@ def read_mat(
         >>> read_mat(path, bin_width=0.02, condition="side")
         Recording('mouse': 8 trials x 50 bins x 3 neurons, 20 ms bins, 0% missing)
     """
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"{path}: no such file")
-    import h5py
-
-    try:
+    with reading(path, "MATLAB file that can be read (copy it again if it was cut short)"):
         found = _new(path) if h5py.is_hdf5(path) else _old(path)
-    except ImportError:
-        raise
-    except Exception as error:  # the parsers of foreign files fail in many ways
-        raise ValueError(
-            f"{path}: no MATLAB file that can be read ({type(error).__name__}: {error}); copy it again if it was cut "
-            "short"
-        ) from error
     trials: Any = found
     for part in (variable or "").split(".") if variable else ():
         if not isinstance(trials, dict) or part not in trials:
@@ -75,7 +79,8 @@ def read_mat(
         trials = only
     if isinstance(trials, dict) and len(trials) == 0:
         raise ValueError(f"{path}: needed variables, got none; save the trials into it")
-    return from_dict(Path(path).stem if name is None else name, trials, bin_width=bin_width, **fields)
+    with naming(path, "recording in a MATLAB file"):
+        return from_dict(Path(path).stem if name is None else name, trials, bin_width=bin_width, **fields)
 
 
 def _old(path: str | os.PathLike[str]) -> dict[str, Any]:
@@ -84,9 +89,12 @@ def _old(path: str | os.PathLike[str]) -> dict[str, Any]:
         import scipy.io
     except ImportError as error:
         raise ImportError("read_mat needs scipy for files before version 7.3: pip install scipy") from error
-    for variable, shape, kind in scipy.io.whosmat(path):
-        if float(np.prod(shape, dtype=float)) * 8 > LARGEST:
-            raise ValueError(f"needed at most {LARGEST} bytes, got {variable} of {shape} {kind}")
+    claimed = 0
+    for _, shape, _ in scipy.io.whosmat(path):
+        if any(size < 0 for size in shape):
+            raise ValueError(f"needed sizes of at least 0, got {shape}")
+        claimed += 8 * math.prod(map(int, shape))
+    refuse_claims(claimed, os.path.getsize(path))
     loaded = scipy.io.loadmat(path, squeeze_me=False, struct_as_record=True, chars_as_strings=True)
     return {key: _plain(value) for key, value in loaded.items() if not key.startswith("__")}
 
@@ -112,20 +120,22 @@ def _plain(value: Any, depth: int = 0) -> Any:
 
 def _new(path: str | os.PathLike[str]) -> dict[str, Any]:
     """The variables of a file of version 7.3."""
-    import h5py
-
     with h5py.File(path, "r") as file:
-        budget = [LARGEST]
-        return {key: _item(file, file[key], budget, 0) for key in file if not key.startswith("#")}
+        budget = Budget(os.path.getsize(path))
+        return {key: _item(file, own(file, key), budget, 0) for key in file if not key.startswith("#")}
 
 
-def _item(file: Any, item: Any, budget: list[int], depth: int) -> Any:
-    import h5py
-
+def _item(file: Any, item: Any, budget: Budget, depth: int) -> Any:
     if depth > DEEPEST:
         raise ValueError(f"needed structures at most {DEEPEST} deep, got deeper ones")
+    if not isinstance(item, (h5py.Group, h5py.Dataset)):
+        raise ValueError(f"needed groups and data sets, got a {type(item).__name__}")
+    refuse_foreign(item)
+    budget.take(ITEM)
     if isinstance(item, h5py.Group):
         fields = list(item)
+        for field in fields:
+            own(item, field)
         # In an array of structs each field is a table of references that is no cell by itself.
         many = fields and all(
             isinstance(item[f], h5py.Dataset)
@@ -141,9 +151,7 @@ def _item(file: Any, item: Any, budget: list[int], depth: int) -> Any:
     kind = kind.decode() if isinstance(kind, bytes) else str(kind)
     if item.dtype.kind == "O":
         return _references(file, item, budget, depth)
-    budget[0] -= item.size * item.dtype.itemsize
-    if budget[0] < 0:
-        raise ValueError(f"needed at most {LARGEST} bytes, got more")
+    budget.take(math.prod(item.shape or ()) * item.dtype.itemsize)
     if item.dtype.kind not in "biuf" or "MATLAB_object_decode" in item.attrs:
         return "" if kind == "char" else None
     if "MATLAB_empty" in item.attrs:  # then the numbers are the sizes
@@ -157,8 +165,8 @@ def _item(file: Any, item: Any, budget: list[int], depth: int) -> Any:
     return array.astype(bool) if kind == "logical" else array
 
 
-def _references(file: Any, item: Any, budget: list[int], depth: int) -> list[Any]:
-    budget[0] -= item.size * 8
-    if budget[0] < 0:
-        raise ValueError(f"needed at most {LARGEST} bytes, got more")
+def _references(file: Any, item: Any, budget: Budget, depth: int) -> list[Any]:
+    if h5py.check_ref_dtype(item.dtype) is not h5py.Reference:
+        raise ValueError(f"needed references in {item.name}, got {item.dtype}")
+    budget.take(math.prod(item.shape or ()) * ITEM)
     return [_item(file, file[reference], budget, depth + 1) for reference in np.ravel(item[()])]

@@ -10,7 +10,8 @@ from typing import Any, Literal
 import numpy as np
 
 from pyro_metassm import _checks as checks
-from pyro_metassm.io._files import LARGEST
+from pyro_metassm.io._files import LARGEST, naming, reading, refuse_claims
+from pyro_metassm.io._hdf5 import inspect
 from pyro_metassm.recordings import Recording
 
 SPIKES = ("spikes_heldin", "spikes_heldout", "spikes_heldin_forward", "spikes_heldout_forward")
@@ -59,11 +60,25 @@ def read_nlb(
     if part not in ("train", "eval"):
         raise ValueError(f'read_nlb: needed part="train" or "eval", got {part!r}')
     shapes, arrays, group = _arrays(paths, part)
-    name = checks.name_of(name or group or Path(paths[0]).stem)
-    if bin_width is None:
-        if group is None:
-            raise checks.fail(name, "a bin_width", "no target file that tells it", "pass such as 0.005")
-        bin_width = 0.02 if group.endswith("_20") else 0.005
+    with naming(" and ".join(map(str, paths)), "recording in these files"):
+        name = checks.name_of(name or group or Path(paths[0]).stem)
+        if bin_width is None:
+            if group is None:
+                raise checks.fail(name, "a bin_width", "no target file that tells it", "pass such as 0.005")
+            bin_width = 0.02 if group.endswith("_20") else 0.005
+        size = sum(os.path.getsize(path) for path in paths)
+        return _recording(name, part, bin_width, shapes, arrays, size)
+
+
+def _recording(
+    name: str,
+    part: str,
+    bin_width: float,
+    shapes: dict[str, tuple[int, ...]],
+    arrays: dict[str, np.ndarray],
+    size: int,
+) -> Recording:
+    """All blocks where they belong, what there is none of missing."""
     seen = arrays.get("spikes_heldin")
     if seen is None or seen.ndim != 3:
         raise checks.fail(
@@ -80,6 +95,7 @@ def read_nlb(
     num_out = next((s[2] for s in (sizes[SPIKES[1]], sizes[SPIKES[3]]) if s and len(s) == 3), 0)
     forward = next((s[1] for s in (sizes[SPIKES[2]], sizes[SPIKES[3]]) if s and len(s) == 3), 0)
     trials, bins, num_in = seen.shape
+    refuse_claims(4 * trials * (bins + forward) * (num_in + num_out), size)
     values = np.full((trials, bins + forward, num_in + num_out), np.nan, dtype=np.float32)
     for what, rows, columns in (
         (SPIKES[0], slice(0, bins), slice(0, num_in)),
@@ -129,9 +145,8 @@ def _arrays(
     arrays: dict[str, np.ndarray] = {}
     group = None
     for path in paths:
-        if not Path(path).is_file():
-            raise FileNotFoundError(f"{path}: no such file")
-        try:
+        with reading(path, "tensors of the benchmark"):
+            inspect(path, LARGEST)
             with h5py.File(path, "r") as file:
                 groups = [key for key in file if isinstance(file[key], h5py.Group)]
                 if len(groups) > 1:
@@ -147,9 +162,5 @@ def _arrays(
                         shapes[key] = item.shape
                         what = key.removeprefix(f"{part}_")
                         if what != key and what in (*SPIKES, "behavior") and item.dtype.kind in "biuf":
-                            if item.size * 4 > LARGEST:
-                                raise ValueError(f"needed at most {LARGEST} bytes, got {key} of {item.shape}")
                             arrays[what] = item[()].astype(np.float32)
-        except (OSError, ValueError, KeyError, RuntimeError) as error:
-            raise ValueError(f"{path}: no tensors of the benchmark: {error}") from error
     return shapes, arrays, group

@@ -127,7 +127,8 @@ def _session(nwb, name: str, trials, rows: np.ndarray, ids: np.ndarray) -> Sessi
     invalid = None
     if nwb.invalid_times is not None and len(nwb.invalid_times):
         invalid = np.stack(
-            [np.asarray(nwb.invalid_times[key].data[:]) for key in ("start_time", "stop_time")], 1
+            [np.asarray(nwb_files.whole(nwb.invalid_times[key].data)) for key in ("start_time", "stop_time")],
+            1,
         )
     return Session(name, trains, trials, observed, invalid)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,8 @@ import numpy as np
 import pandas as pd
 
 from pyro_metassm import _checks as checks
+from pyro_metassm.io._files import naming, refuse_claims
+from pyro_metassm.io._hdf5 import inspect_links, refuse_reading
 from pyro_metassm.io.aligning import Series
 
 NOT_READ = ("spike_times", "obs_intervals", "waveform_mean", "waveform_sd", "waveforms", "electrodes")
@@ -47,15 +50,12 @@ def opened(path: str) -> Iterator[Any]:
             if not Path(path).is_file():
                 raise FileNotFoundError(f"{path}: no such file")
             source = path
-        try:
+        with naming(path, "NWB file that can be read (copy it again if it was cut short)"):
             file = stack.enter_context(h5py.File(source, "r"))
+            inspect_links(file)
             nwb = stack.enter_context(pynwb.NWBHDF5IO(file=file, mode="r", load_namespaces=True)).read()
-        except (OSError, KeyError, TypeError, ValueError, AttributeError) as error:
-            raise ValueError(
-                f"{path}: no NWB file that can be read ({type(error).__name__}: {error}); copy it again if it was cut "
-                "short"
-            ) from error
-        yield nwb
+        with naming(path, "recording in an NWB file"):
+            yield nwb
 
 
 def all_series(nwb: Any) -> dict[str, Any]:
@@ -98,8 +98,10 @@ def series_of(nwb: Any, name: str, wanted: str) -> Series:
         raise checks.fail(
             name, f"{paths[0]} with numbers (samples, dims)", f"shape {shape}", "use another series"
         )
+    refuse_reading(data, largest=sys.maxsize)  # of which windows are read
+    refuse_claims(8 * shape[0], 8 * shape[0])  # the times, all of them
     if series.timestamps is not None:
-        times = np.asarray(series.timestamps[:], dtype=np.float64)
+        times = np.asarray(whole(series.timestamps), dtype=np.float64)
     elif series.rate:
         times = float(series.starting_time or 0.0) + np.arange(shape[0]) / float(series.rate)
     else:
@@ -147,11 +149,11 @@ def _table(table: Any, skip: tuple[str, ...]) -> tuple[pd.DataFrame, dict[str, n
     columns: dict[str, np.ndarray] = {}
     wide: dict[str, np.ndarray] = {}
     rest: list[str] = []
-    for key in table.colnames:
-        if key in skip:
-            continue
-        column = table[key]
-        values = column.data[:] if type(column).__name__ in ("VectorData", "EnumData") else None
+    found = {key: table[key] for key in table.colnames if key not in skip}
+    plain = {key for key, column in found.items() if type(column).__name__ in ("VectorData", "EnumData")}
+    refuse_reading(*(found[key].data for key in plain))  # all together
+    for key, column in found.items():
+        values = column.data[:] if key in plain else None
         array = None if values is None else np.asarray(values)
         if array is not None and array.dtype.kind == "O" and array.ndim == 1:
             texts = [item.decode() if isinstance(item, bytes) else item for item in array.tolist()]
@@ -177,14 +179,14 @@ def units_of(nwb: Any, name: str) -> pd.DataFrame:
             name, "units with spike_times", "none in the file", "sort the spikes, or use a file that has them"
         )
     table, _, _ = _table(units, NOT_READ)
-    table.insert(0, "id", np.asarray(units.id[:]))
+    table.insert(0, "id", np.asarray(whole(units.id.data)))
     if "electrodes" in units.colnames:
         region = units["electrodes"]
         rows, number = _first_rows(region)
         electrodes = getattr(region, "target", region).table
         for key, own in (("electrode_group", "group_name"), ("location", "location")):
             if key not in table and own in electrodes.colnames:
-                values = np.asarray(electrodes[own].data[:], dtype=object)[rows]
+                values = np.asarray(whole(electrodes[own].data), dtype=object)[rows]
                 texts = [v.decode() if isinstance(v, bytes) else str(v) for v in values]
                 table[key] = np.where(number > 0, texts, "")
     return table
@@ -193,11 +195,11 @@ def units_of(nwb: Any, name: str) -> pd.DataFrame:
 def _first_rows(region: Any) -> tuple[np.ndarray, np.ndarray]:
     """The row of each unit's first electrode, and how many it has."""
     if not hasattr(region, "target"):  # one electrode a unit, without an index
-        rows = np.asarray(region.data[:]).reshape(-1)
+        rows = np.asarray(whole(region.data)).reshape(-1)
         return rows, np.ones(len(rows), dtype=int)
-    ends = np.asarray(region.data[:], dtype=np.int64)
+    ends = np.asarray(whole(region.data), dtype=np.int64)
     starts = np.concatenate([[0], ends[:-1]])
-    flat = np.asarray(region.target.data[:], dtype=np.int64)
+    flat = np.asarray(whole(region.target.data), dtype=np.int64)
     number = ends - starts
     safe = np.append(flat, 0)[np.minimum(starts, len(flat))]
     return np.where(number > 0, safe, 0), number
@@ -205,6 +207,13 @@ def _first_rows(region: Any) -> tuple[np.ndarray, np.ndarray]:
 
 def ragged(column: Any, rows: np.ndarray) -> list[np.ndarray]:
     """The entries of a ragged column in some rows; no other is read."""
-    ends = np.asarray(column.data[:], dtype=np.int64)
+    ends = np.asarray(whole(column.data), dtype=np.int64)
     starts = np.concatenate([[0], ends[:-1]]).astype(np.int64)
+    refuse_reading(column.target.data)
     return [np.asarray(column.target.data[starts[row] : ends[row]], dtype=np.float64) for row in rows]
+
+
+def whole(data: Any) -> Any:
+    """All of some data, after a look at what they claim."""
+    refuse_reading(data)
+    return data[:]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -12,7 +11,8 @@ import numpy as np
 
 from pyro_metassm import _attributes as attributes
 from pyro_metassm import _checks as checks
-from pyro_metassm.io._files import LARGEST, said
+from pyro_metassm.io._files import naming, said
+from pyro_metassm.io._stores import StoredArray, metadata
 from pyro_metassm.io.lazy import LazyRecording, Store
 from pyro_metassm.recordings import Recording, Recordings
 
@@ -108,12 +108,9 @@ def open_zarr(path: str | os.PathLike[str], names: Iterable[str] | None = None) 
     for name in wanted:
         if name not in known:
             raise ValueError(f"{path}: needed a recording {name!r}, got only {checks.some(list(known), 40)}")
-    store = Store(str(path))
-    try:
-        root = zarr.open_group(str(path), mode="r")
-        return Recordings([_open(root[f"r{known[name]}"], name, store) for name in wanted])
-    except Exception as error:  # of zarr: damaged stores bring out every kind
-        raise ValueError(f"{path}: no recordings in a Zarr store: {said(error)}") from error
+    store = Store()
+    with naming(path, "recordings in a Zarr store"):
+        return Recordings([_open(zarr, path, f"r{known[name]}", name, store) for name in wanted])
 
 
 def read_zarr(path: str | os.PathLike[str], name: str | None = None) -> Recording:
@@ -133,7 +130,8 @@ def read_zarr(path: str | os.PathLike[str], name: str | None = None) -> Recordin
     if len(recs) > 1:
         raise ValueError(f"{path}: needed one recording, got {len(recs)}; use pm.open_zarr, or a name")
     (recording,) = recs.values()
-    return recording.load() if isinstance(recording, LazyRecording) else recording
+    with naming(path, "recording in a Zarr store"):
+        return recording.load() if isinstance(recording, LazyRecording) else recording
 
 
 def _zarr() -> Any:
@@ -149,20 +147,21 @@ def _header(path: str | os.PathLike[str]) -> dict[str, Any]:
     if not Path(path).exists():
         raise FileNotFoundError(f"{path}: no such store")
     try:
-        attrs = json.loads((Path(path) / "zarr.json").read_text(encoding="utf-8")).get("attributes", {})
-    except (OSError, ValueError, AttributeError, RecursionError) as error:
-        raise ValueError(f"{path}: needed a Zarr store of recordings, got something else: {error}") from error
-    names = attrs.get("names") if isinstance(attrs, dict) else None
+        attrs = metadata(path).get("attributes", {})
+        names = attrs.get("names")
+    except Exception as error:  # what is no JSON, is nested too deep, is no dict
+        raise ValueError(
+            f"{path}: needed a Zarr store of recordings, got something else: {said(error)}"
+        ) from error
     if (
-        names is None
-        or attrs.get("format") != FORMAT
+        attrs.get("format") != FORMAT
         or not isinstance(names, list)
         or not all(isinstance(n, str) for n in names)
     ):
         raise ValueError(f"{path}: needed a Zarr store that pm.io.write_zarr wrote, got another one")
     if attrs.get("version") != VERSION:
         raise ValueError(
-            f"{path}: needed version {VERSION}, got {attrs.get('version')}; it is of another release"
+            f"{path}: needed version {VERSION}, got {str(attrs.get('version'))[:40]!r}; it is of another release"
         )
     return attrs
 
@@ -207,21 +206,18 @@ def _write(zarr: Any, group: Any, recording: Recording) -> None:
     group.attrs["recording"] = attributes.to_json(small | about)
 
 
-def _open(group: Any, name: str, store: Store) -> LazyRecording:
-    about = attributes.from_json(str(group.attrs["recording"]))
-    arrays = {key: group[key] for key in SERIES if key in group}
+def _open(zarr: Any, path: str | os.PathLike[str], group: str, name: str, store: Store) -> LazyRecording:
+    about = attributes.from_json(str(metadata(path, group)["attributes"]["recording"]))
+    arrays = {}
+    for key in SERIES:
+        if key in SERIES[:2] or (Path(path) / group / key).exists():
+            try:
+                arrays[key] = StoredArray(zarr, path, group, key)
+            except ValueError as error:
+                raise ValueError(f"recording {name!r}: {error}") from error
     for key, array in arrays.items():
-        if array.size * max(array.dtype.itemsize, 4) > LARGEST:
-            raise checks.fail(
-                name, f"at most {LARGEST} bytes", f"{key} of {array.shape}", "split the recording"
-            )
         if array.dtype.kind not in ("b" if key == "mask" else "iuf"):
             raise checks.fail(name, f"{key} of numbers", f"{array.dtype}", "write it again")
-        if array.nchunks_initialized != array.nchunks:
-            lost = array.nchunks - array.nchunks_initialized
-            raise checks.fail(
-                name, f"all chunks of {key}", f"{lost} of {array.nchunks} missing", "copy the store again"
-            )
     if about["name"] != name:
         raise checks.fail(name, "the recording of this name", repr(about["name"]), "write the store again")
     return LazyRecording.of(about, arrays, store)

@@ -16,7 +16,7 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
-from hostile_files import Target
+from hostile import Target
 
 SECONDS = 10.0  # of the processor, for one case
 MEMORY = (
