@@ -42,7 +42,7 @@ def specification(
         options: of the fit, a dataclass of plain values.
         validation, validation_every: what is validated on, and how often; no part of a fit without.
     """
-    found: dict[str, Any] = {"options": plain(dataclasses.asdict(options)), "recordings": of_recordings(recs)}
+    found: dict[str, Any] = {"options": plain(_chosen(options)), "recordings": of_recordings(recs)}
     found["order of recordings"] = list(recs.names)
     found["validation"] = (
         None if validation is None else {"every": validation_every} | of_recordings(validation)
@@ -61,6 +61,15 @@ def specification(
         }
         found[f"{what}.classes"] = _sources(module)
     return found
+
+
+def _chosen(options: Any) -> dict[str, Any]:
+    """What was chosen: an option that has a default came later, and runs that know nothing of it go on."""
+    return {
+        field.name: getattr(options, field.name)
+        for field in dataclasses.fields(options)
+        if getattr(options, field.name) != field.default
+    }
 
 
 def environment(device: torch.device) -> dict[str, str]:

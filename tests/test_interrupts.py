@@ -30,9 +30,12 @@ def recs() -> Recordings:
 
 @pytest.fixture(autouse=True)
 def handler_stays():
-    before = signal.getsignal(signal.SIGINT)
+    found = signal.signal(
+        signal.SIGINT, signal.default_int_handler
+    )  # a shell's background jobs ignore Ctrl-C
     yield
-    assert signal.getsignal(signal.SIGINT) is before
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    signal.signal(signal.SIGINT, found)
 
 
 def press() -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
-from scipy.optimize import linear_sum_assignment
 
 
 def assigned(known: np.ndarray, found: np.ndarray, gate: float) -> np.ndarray:
@@ -22,6 +21,8 @@ def assigned(known: np.ndarray, found: np.ndarray, gate: float) -> np.ndarray:
     Returns:
         ``(B,)`` integers.
     """
+    from scipy.optimize import linear_sum_assignment  # adds a filter of warnings when it is imported
+
     a, b = len(known), len(found)
     pair = np.full(b, -1)
     if not a or not b:

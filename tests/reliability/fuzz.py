@@ -24,8 +24,8 @@ sys.path[:0] = [str(HERE), str(HERE.parents[1])]
 
 # Cases of the full form, by what they cost and what they can find: 100,000 in all.
 SHARES = {
-    "npz": 0.56, "settings": 0.2, "fit": 0.12, "netcdf": 0.03, "zarr": 0.03, "nlb": 0.015, "mat": 0.015,
-    "old_mat": 0.015, "checkpoint": 0.013, "nwb": 0.002,
+    "npz": 0.575, "settings": 0.2, "fit": 0.12, "netcdf": 0.03, "zarr": 0.03, "nlb": 0.015, "mat": 0.015,
+    "checkpoint": 0.013, "nwb": 0.002,
 }  # fmt: skip
 MOST_CRASHES = 20  # of a target, each a child started again
 WRITES = {"checkpoint": ("os.remove", "os.rename", "shutil.")}  # in its own folder
