@@ -12,7 +12,7 @@ from typing import IO, Any
 import numpy as np
 
 from pyro_metassm import _attributes as attributes
-from pyro_metassm.io._files import reading, refuse_claims
+from pyro_metassm.io._files import LARGEST, reading, refuse_claims
 from pyro_metassm.recordings import Recording
 
 MOST_ARRAYS = 1000
@@ -98,7 +98,7 @@ def _arrays(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
         members = archive.infolist()
         if len(members) > MOST_ARRAYS:
             raise ValueError(f"needed at most {MOST_ARRAYS} arrays, got {len(members)}; leave some out")
-        refuse_claims(sum(member.file_size for member in members), os.path.getsize(path))
+        refuse_claims(sum(member.file_size for member in members), os.path.getsize(path), LARGEST)
         for member in members:
             key = member.filename.removesuffix(".npy")
             if key in arrays:
