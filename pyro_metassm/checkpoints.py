@@ -16,6 +16,7 @@ from safetensors.torch import save as to_bytes
 from pyro_metassm import specification as specifications
 from pyro_metassm import writing
 from pyro_metassm.history import History
+from pyro_metassm.io._files import said
 from pyro_metassm.resuming import check_state
 
 if TYPE_CHECKING:
@@ -225,7 +226,7 @@ def _read(path: Path) -> tuple[dict, dict[str, torch.Tensor]]:
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - not a dict
     except (SafetensorError, OSError, ValueError, RecursionError) as error:
         raise _Unreadable(
-            f"checkpoint {path}: needed a safetensors file of a fit, got one that cannot be read: {error}"
+            f"checkpoint {path}: needed a safetensors file of a fit, got one that cannot be read: {said(error)}"
         ) from error
     if not isinstance(header, dict) or metadata.get("digest") != _digest(text, tensors):
         raise _Unreadable(f"checkpoint {path}: needed a safetensors file of a fit, got one that is damaged")

@@ -27,6 +27,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from pyro_metassm import _checks as checks
 from pyro_metassm import guides, likelihoods, models, writing
 from pyro_metassm.guides import encoders
+from pyro_metassm.io._files import said
 from pyro_metassm.neurons import NeuronTable
 from pyro_metassm.rebuilding import build, check_config
 from pyro_metassm.result import Fit
@@ -153,8 +154,7 @@ def load(
     try:
         return _load(folder, _custom(custom), chosen)
     except Exception as error:  # a header may bring out any error in what it describes
-        said = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
-        raise ValueError(f"{folder}: no fit that can be loaded: {said}") from error
+        raise ValueError(f"{folder}: no fit that can be loaded: {said(error)}") from error
 
 
 def _load(folder: Path, custom: Mapping[str, type], device: torch.device) -> Fit:

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import struct
 from pathlib import Path
 
 import h5py
@@ -11,6 +12,8 @@ from hostile import recording
 from hostile_hdf5 import Mat, Nlb, Nwb
 
 import pyro_metassm as pm
+from pyro_metassm import saving
+from pyro_metassm.checkpoints import _read
 
 
 @pytest.mark.parametrize("kind", [Nlb, Mat, Nwb])
@@ -105,3 +108,16 @@ def test_a_chunk_that_becomes_large(store):
     chunk.write_bytes(data + crc.value(data).to_bytes(4, "little"))
     with pytest.raises(ValueError, match=rf"needed chunks of 1728 bytes, got {2**26}"):
         pm.io.read(store)
+
+
+def test_what_a_file_calls_its_tensors_is_not_printed_as_it_is(tmp_path):
+    """NUL and colours of a terminal, in the messages of the library that reads."""
+    header = json.dumps({"a": {"dtype": "F\0\x1b[31m", "shape": [1], "data_offsets": [0, 4]}}).encode()
+    content = struct.pack("<Q", len(header)) + header + bytes(4)
+    (tmp_path / saving.TENSORS).write_bytes(content)
+    (tmp_path / saving.HEADER).write_text("{}")
+    (tmp_path / "state.safetensors").write_bytes(content)
+    for call in (lambda: pm.load(tmp_path), lambda: _read(tmp_path / "state.safetensors")):
+        with pytest.raises(ValueError, match=r"safetensors|no fit") as caught:
+            call()
+        assert str(tmp_path) in str(caught.value) and str(caught.value).isprintable()
