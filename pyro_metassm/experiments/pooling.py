@@ -121,11 +121,6 @@ def run(
     return rows
 
 
-def pooled_fit(out: Path, plan: Plan, seed: int) -> Fit:
-    """The fit of the pooled recordings."""
-    return saving.load(out / "pieces" / f"{plan.name}-seed{seed}" / "pooled")
-
-
 def adapted_fit(out: Path, plan: Plan, seed: int, shots: int) -> Fit:
     """The fit that knows the held-out recordings too."""
     return saving.load(out / "pieces" / f"{plan.name}-seed{seed}" / f"adapted-{shots}")
