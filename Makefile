@@ -116,6 +116,7 @@ reliability: venv
 	$(BIN)/python tests/reliability/kills.py --kills 50
 	$(BIN)/python tests/reliability/memory.py --num-steps 10000
 	$(BIN)/python tests/reliability/full_disk.py
+	METASSM_CASES=400 $(ONE_THREAD) $(BIN)/python -m pytest -m slow tests/reliability/test_numbers.py
 
 fuzz: venv
 	$(ONE_THREAD) $(BIN)/python tests/reliability/fuzz.py --cases $(FUZZ_CASES)

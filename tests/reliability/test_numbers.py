@@ -1,5 +1,7 @@
 """Whatever a recording holds, a fit and what is done with it end in finite results or in an error in words."""
 
+import os
+
 import hypothesis
 import numpy as np
 import pytest
@@ -22,7 +24,9 @@ def test_recordings_of_every_kind(case):
 
 @pytest.mark.slow
 @hypothesis.settings(
-    max_examples=400, phases=[hypothesis.Phase.generate], suppress_health_check=list(hypothesis.HealthCheck)
+    max_examples=int(os.environ.get("METASSM_CASES", "100")),
+    phases=[hypothesis.Phase.generate],
+    suppress_health_check=list(hypothesis.HealthCheck),
 )
 @hypothesis.given(random_recordings.case())
 @pytest.mark.filterwarnings("ignore")
