@@ -57,6 +57,7 @@ class Hdf5(Target):
         if self.raw and rng.random() < 0.1:
             self.path.write_bytes(mutations.some_bytes(rng, self.data))
             return
+        self.path.unlink(missing_ok=True)  # who was refused may have it open until it is collected
         self.path.write_bytes(self.data)
         with h5py.File(self.path, "r+") as file:
             for _ in range(rng.choice((1, 1, 2))):
