@@ -64,6 +64,8 @@ def _hook(event: str, args: tuple[Any, ...]) -> None:
         return
     if event == "import" and args[0] not in sys.modules:
         _seen.append(f"import of {args[0]}")
+    elif event == "open" and args[0] in ("<string>", "<unknown>"):
+        pass  # Python looks for the line of a syntax error: NumPy parses headers of arrays as literals
     elif event == "open" and isinstance(args[0], str) and args[1] is not None:
         path = os.path.abspath(args[0])
         writes = any(letter in str(args[1]) for letter in "wax+")
