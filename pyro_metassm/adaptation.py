@@ -245,8 +245,7 @@ def _start(fit, model, guide, new, prior, parts, num_starts, search_steps, seed,
     write_read_in(guide, frames, frame, offset, batch)
     write_read_outs(model, frame, offset, batch)
     with torch.no_grad():
-        _, z, _ = guide.common_space(batch)
-        z = z if draws is None else TiedFrames(frame, offset).states(draws)
+        z = guide.common_space(batch)[1] if draws is None else TiedFrames(frame, offset).states(draws)
     fit_read_outs(model, z, batch, rng, num_steps=40, prior=prior, afresh=False)
     model.requires_grad_(False)
     return report

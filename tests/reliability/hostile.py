@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from pathlib import Path
 from random import Random
 from typing import Any
 
+import h5py
 import numpy as np
 
 import pyro_metassm as pm
@@ -57,3 +60,13 @@ class Target(ABC):
             return f"the name {result.name!r}"
         result.take([0]).to_xarray()  # usable
         return None
+
+
+def changed_hdf5(path: Path, data: bytes, rng: Random, change: Callable[[h5py.File], None]) -> None:
+    """Write a good HDF5 file and change a thing or two in it."""
+    path.unlink(missing_ok=True)  # who was refused may have it open until it is collected
+    path.write_bytes(data)
+    with h5py.File(path, "r+") as file:
+        for _ in range(rng.choice((1, 1, 2))):
+            with contextlib.suppress(Exception):  # what HDF5 itself does not write
+                change(file)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import sys
 import zlib
 from abc import abstractmethod
@@ -14,7 +13,7 @@ import h5py
 import mutations
 import numpy as np
 import scipy.io
-from hostile import Target
+from hostile import Target, changed_hdf5
 
 import pyro_metassm as pm
 
@@ -57,12 +56,7 @@ class Hdf5(Target):
         if self.raw and rng.random() < 0.1:
             self.path.write_bytes(mutations.some_bytes(rng, self.data))
             return
-        self.path.unlink(missing_ok=True)  # who was refused may have it open until it is collected
-        self.path.write_bytes(self.data)
-        with h5py.File(self.path, "r+") as file:
-            for _ in range(rng.choice((1, 1, 2))):
-                with contextlib.suppress(Exception):  # what HDF5 itself does not write
-                    self.change(rng, file)
+        changed_hdf5(self.path, self.data, rng, lambda file: self.change(rng, file))
 
     def change(self, rng: Random, file: h5py.File) -> None:
         """Change one thing in a file."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 from pathlib import Path
 from random import Random
@@ -11,7 +10,7 @@ from typing import Any
 import h5py
 import mutations
 import numpy as np
-from hostile import Target, recording
+from hostile import Target, changed_hdf5, recording
 
 import pyro_metassm as pm
 
@@ -37,12 +36,7 @@ class NetCDF(Target):
         if kind == 0 and self.raw:
             self.path.write_bytes(mutations.some_bytes(rng, self.data))
             return
-        self.path.unlink(missing_ok=True)  # who was refused may have it open until it is collected
-        self.path.write_bytes(self.data)
-        with h5py.File(self.path, "r+") as file:
-            for _ in range(rng.choice((1, 1, 2))):
-                with contextlib.suppress(Exception):  # what HDF5 itself does not write
-                    self._change(rng, file, kind)
+        changed_hdf5(self.path, self.data, rng, lambda file: self._change(rng, file, kind))
 
     def _change(self, rng: Random, file: h5py.File, kind: int) -> None:
         names = list(file)
