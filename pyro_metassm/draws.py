@@ -23,7 +23,7 @@ from pyro_metassm.recordings import Batch, Recording, Recordings
 from pyro_metassm.result import Fit, recording_statistics
 
 ELEMENTS = 8_000_000  # numbers a chunk of draws: about 32 MiB a tensor, some ten tensors at a time
-NETWORK_WIDTH = 1024  # numbers per draw and bin that the networks hold while they run
+NETWORK_WIDTH = 128  # numbers per draw and bin that the networks hold while they run, generously
 
 
 @dataclasses.dataclass(frozen=True)

@@ -307,7 +307,7 @@ def test_one_embedding_a_draw_for_all_trials(recs, fit, chunk_size):
 
 def test_draws_in_chunks_are_all_there(recs, fit, monkeypatch):
     """A tiny memory makes many chunks of draws and trials: every place filled, every draw its own."""
-    monkeypatch.setattr(draws, "ELEMENTS", 2 * 9 * (5 + 1024))
+    monkeypatch.setattr(draws, "ELEMENTS", 2 * 9 * (5 + draws.NETWORK_WIDTH))
     sizes = [len(range(9)[c.draws]) * len(c.trials) for c in posterior_chunks(fit, recs, "b", 9, seed=0)]
     assert len(sizes) == 10 and sum(sizes) == 9 * 2
     tree = pm.posterior(fit, recs, num_samples=9, predictive=True, log_likelihood=True)

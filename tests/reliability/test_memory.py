@@ -56,7 +56,7 @@ def test_a_draw_of_the_prior_that_does_not_fit():
     recs = pm.Recordings([pm.Recording("a", np.ones((50, 200, 2), np.float32), bin_width=0.02)])
     model, _ = parts(recs)
     with pytest.raises(ValueError, match=r"recording 'a': .*work on a draw.*fewer trials"):
-        pm.prior_predictive(model, recs, num_samples=1, max_gib=0.01)
+        pm.prior_predictive(model, recs, num_samples=1, max_gib=0.004)
 
 
 @pytest.mark.parametrize("chunk_size", [1, 4, None])
