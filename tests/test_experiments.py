@@ -23,7 +23,6 @@ from pyro_metassm.experiments import (
     maps,
     methods,
     oracle,
-    page,
     scores,
     study,
     systems,
@@ -33,6 +32,7 @@ from pyro_metassm.experiments.methods import Method, Sizes, Steps
 from pyro_metassm.experiments.scores import Scoring
 from pyro_metassm.experiments.settings import Settings
 from pyro_metassm.experiments.systems import Bifurcations, LimitCycles
+from pyro_metassm.reporting import html as page
 
 NUMBERS = {"num_train": 5, "num_test": 4, "num_adapt": 3, "num_bins": 24, "num_neurons": (5, 8)}
 TINY = Settings(

@@ -27,7 +27,7 @@ LAYERS: tuple[set[str], ...] = (
     {
         "_by_recording", "_calibration_plot", "_decoding", "_draw_scores", "_embedding_plot", "_flow_plots",
         "_forecast_scores", "_mean_rates", "_scored_neurons", "_scores", "analysis", "baselines", "calibrating",
-        "comparing", "drifting", "leaving_future_out", "metrics", "plots", "restarts", "suggesting",
+        "comparing", "drifting", "leaving_future_out", "metrics", "plots", "reporting", "restarts", "suggesting",
     },
     {"__main__", "cli", "experiments"},
 )  # fmt: skip

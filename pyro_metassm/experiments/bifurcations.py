@@ -12,13 +12,14 @@ from typing import Any
 
 import numpy as np
 
-from pyro_metassm.experiments import maps, methods, page, report, study, tables
+from pyro_metassm.experiments import maps, methods, report, study, tables
 from pyro_metassm.experiments.methods import Method, Steps
 from pyro_metassm.experiments.scores import Scoring
 from pyro_metassm.experiments.settings import Settings
 from pyro_metassm.experiments.study import Results
 from pyro_metassm.experiments.systems import Bifurcations
 from pyro_metassm.experiments.tables import Row
+from pyro_metassm.reporting import html as page
 
 FULL = Settings()
 SMALL = Settings(

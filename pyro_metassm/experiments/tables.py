@@ -12,6 +12,7 @@ import numpy as np
 
 from pyro_metassm.experiments.methods import Method
 from pyro_metassm.experiments.study import Results
+from pyro_metassm.reporting.html import cell
 
 FLOOR = -1.0  # a score below counts as this in means: one that explodes would decide them alone
 CEILING = "ceiling"
@@ -206,13 +207,6 @@ def text(rows: Sequence[Row]) -> str:
     return "\n".join(
         "  ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)).rstrip() for line in lines
     )
-
-
-def cell(value: Any) -> str:
-    """A value as people read it."""
-    if value is None:
-        return ""
-    return f"{value:.3f}" if isinstance(value, float) else str(value)
 
 
 def means(rows: Iterable[Row], by: Sequence[str], of: Sequence[str]) -> list[Row]:

@@ -1,0 +1,123 @@
+"""The scores of a page: of the fit on the trials given, beside simple predictions from the training trials."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import xarray as xr
+
+from pyro_metassm import baselines, metrics
+from pyro_metassm._scored_neurons import varying_neurons
+from pyro_metassm._scores import explained
+from pyro_metassm.recordings import Recordings
+from pyro_metassm.reporting.asked import Asked, Missing, Scores, attempt
+
+LEVEL = 0.9  # of the intervals whose coverage is shown
+FIT = "fit"
+LABELS = {
+    "reconstruction_r2": "Reconstruction, R²",
+    "forecast_r2": "Forecast, R²",
+    "fp_bps": "Forecast, bits per spike",
+    "forecast_bits_per_spike": "Forecast, bits per spike",
+    "bits_per_spike": "Rates of neurons that were seen, bits per spike",
+    "co_bps": "Held-out neurons, bits per spike",
+    "velocity_r2": "Velocity decoded from rates, R²",
+    "forecast_velocity_r2": "Velocity decoded from forecast rates, R²",
+    "psth_r2": "Averages by condition (PSTH), R²",
+    "coverage": f"Observations in {100 * LEVEL:.0f} % forecast intervals, share",
+}
+
+
+@dataclass
+class Found:
+    """What was measured: ``scores``; ``curve`` and ``coverage (recording, horizon_step)``; what is missing, and why."""
+
+    scores: Scores = field(default_factory=dict)
+    curve: xr.DataArray | None = None
+    coverage: xr.DataArray | None = None
+    missing: list[str] = field(default_factory=list)
+    num_ended: int = 0
+
+
+def label_of(score: str) -> str:
+    """A score as people call it; ``"forecast_r2, 5 bins ahead"`` keeps what stands behind the comma."""
+    key, comma, rest = score.partition(",")
+    return LABELS.get(key, key.replace("_", " ")) + comma + rest
+
+
+def measure(asked: Asked) -> Found:
+    """Everything that the data allow."""
+    found = Found()
+    if asked.recs is None:
+        return found
+    recs, fit = asked.recs, asked.fit
+    draws: dict[str, Any] = {"num_samples": asked.num_samples, "seed": asked.seed}
+    window = {"context": asked.context, "horizon": asked.horizon}
+    made = attempt(lambda: metrics.reconstruction_r2(fit, recs, **draws))
+    _keep(found, "reconstruction_r2", made)
+    late = asked.long_enough()
+    if late is None:
+        found.missing.append(f"no trial is longer than the {asked.context} bins that forecasts are given")
+        return found
+    found.num_ended = sum(r.num_trials for r in recs.values()) - sum(r.num_trials for r in late.values())
+    curve = attempt(lambda: metrics.forecast_r2(fit, late, **window, **draws))
+    if isinstance(curve, Missing):
+        found.missing.append(f"forecast_r2: {curve.why}")
+        return found
+    found.curve = curve
+    ahead = f"forecast_r2, {asked.horizon} bins ({asked.horizon * recs.bin_width:.3g} s) ahead"
+    _keep(found, ahead, curve.isel(horizon_step=-1))
+    levels = attempt(
+        lambda: metrics.forecast_scores(fit, late, **window, levels=(LEVEL,), **draws)["coverage"]
+    )
+    if not isinstance(levels, Missing):
+        found.coverage = levels.isel(level=0)
+        _keep(found, "coverage", found.coverage.mean("horizon_step"))
+    if asked.train is None:
+        return found
+    train = asked.train.select(list(late))
+    for name, scores in found.scores.get(ahead, {}).items():
+        of_others = attempt(lambda name=name: _simple(asked, train, late, name))  # type: ignore[misc]
+        scores |= {} if isinstance(of_others, Missing) else of_others
+    table = attempt(lambda: baselines.table(fit, train, late, **window, **draws))
+    if isinstance(table, Missing):
+        found.missing.append(f"baselines: {table.why}")
+        return found
+    for (score, name), row in table.iterrows():
+        cells = {(FIT if method == "model" else str(method)): float(v) for method, v in row.items()}
+        cells = {method: value for method, value in cells.items() if np.isfinite(value)}
+        found.scores.setdefault(str(score), {})[str(name)] = cells
+    return found
+
+
+def _keep(found: Found, score: str, values: xr.DataArray | Missing) -> None:
+    if isinstance(values, Missing):
+        found.missing.append(f"{score}: {values.why}")
+        return
+    names = [str(name) for name in values["recording"].values]
+    cells = {name: float(v) for name, v in zip(names, values.values, strict=True) if np.isfinite(v)}
+    if cells:
+        found.scores[score] = {name: {FIT: value} for name, value in cells.items()}
+
+
+def _simple(asked: Asked, train: Recordings, late: Recordings, name: str) -> dict[str, float]:
+    """What simple forecasts explain in the last bin of the horizon, as :func:`pyro_metassm.metrics.forecast_r2`."""
+    window = slice(asked.context, asked.context + asked.horizon)
+    one, seen = train[name], late[name]
+    chosen = varying_neurons(asked.fit, name)
+    y = seen.observations[:, window].astype(np.float64)
+    made = {
+        "mean rate": baselines.mean_rate(one, seen)[:, window],
+        "psth": baselines.psth(one, seen)[:, window],
+        "persistence": baselines.persistence(one, seen, context=asked.context, horizon=asked.horizon),
+    }
+    step = min(y.shape[1], asked.horizon) - 1
+    if step + 1 < asked.horizon:
+        return {}
+    found = {
+        method: explained(y[:, step][..., chosen], rates[:, step][..., chosen], (0,))
+        for method, rates in made.items()
+    }
+    return {method: value for method, value in found.items() if np.isfinite(value)}
