@@ -1,4 +1,4 @@
-"""The picture of the recordings' embeddings (public in `pyro_metassm.plots`)."""
+"""The picture of the recordings' embeddings."""
 
 from __future__ import annotations
 
@@ -8,15 +8,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import xarray as xr
 
-from pyro_metassm._flow_plots import new_axes, part
+from pyro_metassm.plots._style import BLUE, INTERVAL, MARKERS, PALETTE, new_axes
+from pyro_metassm.trees import part
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-BLUE = "#0072B2"
-PALETTE = (BLUE, "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")  # of Okabe and Ito
-MARKERS = "osD^vP*"
-INTERVAL = (0.05, 0.95)
 NEAR = (0.13, 0.05)  # of the axes: points as near as this share a label
 FEW = 16  # labels that are written in the ordinary size
 
