@@ -35,28 +35,47 @@ def grid(lim: Limits, visited: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def draw(ax, derivative, visited, lim, per: float, per_bin: bool, speed_max, with_colorbar: bool) -> None:
-    """Stream lines near visited states, grey elsewhere; ``per`` turns displacements into speeds."""
+    """Stream lines of a function of the plane near visited states; ``per`` turns displacements into speeds."""
     sides = limits(lim, visited)
     points, near = grid(sides, visited)
     x, y = points[0, :, 0], points[:, 0, 1]
+    change = derivative(points) / per
+    top = streams(ax, x, y, change, near, np.linalg.norm(change, axis=-1), speed_max=speed_max)
+    if near.any() and with_colorbar:
+        colorbar(ax, top, "bin" if per_bin else "s", "neither" if speed_max is None else "max")
+    ax.set_xlim(*sides[0])
+    ax.set_ylim(*sides[1])
+
+
+def streams(
+    ax: Any,
+    x: np.ndarray,
+    y: np.ndarray,
+    change: np.ndarray,
+    near: np.ndarray,
+    speed: np.ndarray,
+    *,
+    width: float | np.ndarray = 1.2,
+    speed_max: float | None = None,
+) -> float:
+    """Stream lines of ``change (y, x, 2)`` where ``near (y, x)``, grey elsewhere, coloured by ``speed (y, x)``.
+
+    Returns:
+        the speed at the upper end of the colours.
+    """
     ax.pcolormesh(
         x, y, np.where(near, np.nan, 1.0), cmap="Greys", vmin=0.0, vmax=6.0, rasterized=True, zorder=0
     )
-    change = derivative(points) / per
-    change[~near] = np.nan
-    u, v = np.ma.masked_invalid(change[..., 0]), np.ma.masked_invalid(change[..., 1])
-    speed = np.ma.sqrt(u**2 + v**2)
-    if speed.count():
-        top = float(speed.max()) if speed_max is None else speed_max
-        cmap, norm = scale(top)
-        ax.streamplot(
-            x, y, u, v, color=speed, cmap=cmap, norm=norm, density=1.2, linewidth=1.2, arrowsize=0.8, zorder=2
-        )
-        if with_colorbar:
-            colorbar(ax, top, "bin" if per_bin else "s", "neither" if speed_max is None else "max")
-    ax.set_xlim(*sides[0])
-    ax.set_ylim(*sides[1])
     ax.set_aspect("equal")
+    known = near & np.isfinite(change).all(-1)
+    top = float(speed[known].max(initial=0.0)) if speed_max is None else speed_max
+    if known.any():
+        cmap, norm = scale(top)
+        u, v = (np.ma.array(change[..., k], mask=~known) for k in (0, 1))
+        color = np.ma.array(speed, mask=~known)
+        look: dict[str, Any] = {"density": 1.2, "linewidth": width, "arrowsize": 0.8, "zorder": 2}
+        ax.streamplot(x, y, u, v, color=color, cmap=cmap, norm=norm, **look)
+    return top
 
 
 def scale(top: float) -> tuple[Any, Any]:
