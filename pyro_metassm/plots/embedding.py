@@ -1,4 +1,4 @@
-"""The picture of the recordings' embeddings (public in `pyro_metassm.plots`)."""
+"""The picture of the recordings' embeddings."""
 
 from __future__ import annotations
 
@@ -8,15 +8,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import xarray as xr
 
-from pyro_metassm._flow_plots import new_axes, part
+from pyro_metassm.plots._style import BLUE, INTERVAL, MARKERS, PALETTE, ellipse, new_axes
+from pyro_metassm.trees import part
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-BLUE = "#0072B2"
-PALETTE = (BLUE, "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")  # of Okabe and Ito
-MARKERS = "osD^vP*"
-INTERVAL = (0.05, 0.95)
 NEAR = (0.13, 0.05)  # of the axes: points as near as this share a label
 FEW = 16  # labels that are written in the ordinary size
 
@@ -87,7 +84,8 @@ def embedding(
         ax.set_axisbelow(True)
     else:
         for row, style in enumerate(styles):
-            _ellipse(ax, draws[row, :2], style)
+            ellipse(ax, draws[row, :2], style["color"])
+            ax.plot(*means[row, :2, None], linestyle="", markersize=5, **style)
         ax.set_ylabel(_dim_label(1, size))
         ax.margins(0.1)
         if labels:
@@ -149,18 +147,6 @@ def _interval(ax: Axes, at: float, draws: np.ndarray, style: dict, vertical: boo
     error = np.array([[max(mean - low, 0.0)], [max(high - mean, 0.0)]])
     where = {"x": at, "y": mean, "yerr": error} if vertical else {"x": mean, "y": at, "xerr": error}
     ax.errorbar(**where, linestyle="", markersize=5, capsize=2, linewidth=1.2, **style)
-
-
-def _ellipse(ax: Axes, draws: np.ndarray, style: dict) -> None:
-    from matplotlib.patches import Ellipse
-
-    center = draws.mean(1)
-    values, vectors = np.linalg.eigh(np.cov(draws) if draws.shape[1] > 1 else np.zeros((2, 2)))
-    # A normal plane holds 90 % within sqrt(-2 ln 0.1) standard deviations.
-    width, height = 2 * np.sqrt(-2 * np.log(0.1) * values.clip(min=0))
-    angle = np.degrees(np.arctan2(vectors[1, 0], vectors[0, 0]))
-    ax.add_patch(Ellipse(tuple(center), width, height, angle=angle, facecolor=style["color"], alpha=0.25))
-    ax.plot(*center[:, None], linestyle="", markersize=5, **style)
 
 
 def _write_names(ax: Axes, names: Sequence[str], points: np.ndarray) -> None:

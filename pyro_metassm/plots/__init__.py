@@ -1,0 +1,22 @@
+"""Pictures of fits and their results, with matplotlib. Every function draws into `ax` (or makes one) and
+returns it.
+
+Colours are those of Okabe and Ito, which colour-blind readers tell apart; line styles and markers differ as
+well, so that nothing is lost in grey.
+"""
+
+from pyro_metassm._aligning import AffineMap as AffineMap
+from pyro_metassm._aligning import align as align
+from pyro_metassm.plots.bifurcation import bifurcation as bifurcation
+from pyro_metassm.plots.calibration import calibration as calibration
+from pyro_metassm.plots.embedding import embedding as embedding
+from pyro_metassm.plots.fixed_points import fixed_points as fixed_points
+from pyro_metassm.plots.fixed_points import limit_cycles as limit_cycles
+from pyro_metassm.plots.flow import flow as flow
+from pyro_metassm.plots.flow_field import flow_comparison as flow_comparison
+from pyro_metassm.plots.flow_field import flow_field as flow_field
+from pyro_metassm.plots.flow_field import true_flow_field as true_flow_field
+from pyro_metassm.plots.history import history as history
+from pyro_metassm.plots.scores import forecast_curve as forecast_curve
+from pyro_metassm.plots.traces import trace_panels as trace_panels
+from pyro_metassm.plots.traces import traces as traces
