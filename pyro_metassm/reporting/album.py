@@ -36,7 +36,7 @@ class Album:
         self.left_out = 0
 
     def picture(
-        self, draw: Callable[[Figure], None], size: tuple[float, float], alt: str, caption: str
+        self, draw: Callable[[Figure], object], size: tuple[float, float], alt: str, caption: str
     ) -> str:
         """A picture of so many inches; empty where there is no room.
 

@@ -12,7 +12,8 @@ from urllib.parse import quote
 
 # The colours of text and lines follow the reader's device; pictures are drawn on white, and lie on a white card.
 STYLE = """
-:root { color-scheme: light dark; --ink: #222; --dim: #555; --paper: #fff; --stripe: #f4f4f4; --line: #bbb; --link: #0b57a4; }
+:root { color-scheme: light dark; --ink: #222; --dim: #555; --paper: #fff; --stripe: #f4f4f4; --line: #bbb;
+  --link: #0b57a4; }
 @media (prefers-color-scheme: dark) {
   :root { --ink: #e4e4e4; --dim: #aaa; --paper: #1b1b1d; --stripe: #28282b; --line: #555; --link: #8ab8f0; }
 }
@@ -25,7 +26,8 @@ section section { margin-top: 2.5rem; }
 p, li { max-width: 50rem; }
 img { max-width: 100%; height: auto; background: #fff; border-radius: 4px; }
 figure { margin: 1.5rem 0; overflow-x: auto; } figcaption { color: var(--dim); max-width: 50rem; }
-.pictures { display: flex; flex-wrap: wrap; gap: 0 2rem; } .pictures figure { flex: 0 1 auto; max-width: 100%; margin: 1rem 0; }
+.pictures { display: flex; flex-wrap: wrap; gap: 0 2rem; }
+.pictures figure { flex: 0 1 auto; max-width: 100%; margin: 1rem 0; }
 .pictures figcaption { max-width: 34rem; font-size: 0.9rem; }
 .scroll { overflow-x: auto; }
 table { border-collapse: collapse; margin: 1rem 0; } th, td { padding: 0.25rem 0.9rem; text-align: right; }
@@ -37,7 +39,8 @@ pre { overflow-x: auto; background: var(--stripe); padding: 0.8rem; font-size: 0
 .note { border-left: 3px solid var(--line); padding-left: 0.8rem; color: var(--dim); }
 nav ul { padding-left: 1.2rem; } nav ul ul { columns: 18rem; }
 @media (max-width: 40rem) {
-  body { margin: 1rem auto; } th, td { padding: 0.25rem 0.45rem; } dl { grid-template-columns: 1fr; } dd { margin-bottom: 0.4rem; }
+  body { margin: 1rem auto; } th, td { padding: 0.25rem 0.45rem; } dl { grid-template-columns: 1fr; }
+  dd { margin-bottom: 0.4rem; }
 }
 @media print {
   :root { color-scheme: light; --ink: #000; --dim: #444; --paper: #fff; --stripe: #f4f4f4; --line: #bbb; --link: #000; }
@@ -63,7 +66,8 @@ def document(title: str, parts: Iterable[str], *, policy: str | None = None) -> 
     head += ['<meta name="viewport" content="width=device-width, initial-scale=1">']
     head += [f"<title>{text(title)}</title>", f"<style>{STYLE}</style>"]
     body = "\n".join([f"<h1>{text(title)}</h1>", *parts])
-    return f'<!DOCTYPE html>\n<html lang="en">\n<head>\n{chr(10).join(head)}\n</head>\n<body>\n{body}\n</body>\n</html>\n'
+    top = "\n".join(head)
+    return f'<!DOCTYPE html>\n<html lang="en">\n<head>\n{top}\n</head>\n<body>\n{body}\n</body>\n</html>\n'
 
 
 def text(value: Any) -> str:
@@ -123,7 +127,13 @@ def table(
     columns: Sequence[str] | None = None,
     links: Mapping[str, str] | None = None,
 ) -> str:
-    """A table of rows; numbers are rounded to three places. ``links``: keys of sections by texts of the first column."""
+    """A table of rows; numbers are rounded to three places.
+
+    Args:
+        rows: by column.
+        columns: those to show, in this order; None for all.
+        links: keys of the sections that texts of the first column lead to.
+    """
     if not rows:
         return ""
     columns = list(rows[0]) if columns is None else list(columns)

@@ -54,7 +54,7 @@ def measure(asked: Asked) -> Found:
         return found
     recs, fit = asked.recs, asked.fit
     draws: dict[str, Any] = {"num_samples": asked.num_samples, "seed": asked.seed}
-    window = {"context": asked.context, "horizon": asked.horizon}
+    window: dict[str, Any] = {"context": asked.context, "horizon": asked.horizon}
     made = attempt(lambda: metrics.reconstruction_r2(fit, recs, **draws))
     _keep(found, "reconstruction_r2", made)
     late = asked.long_enough()
