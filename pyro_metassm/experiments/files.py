@@ -17,6 +17,7 @@ from pyro_metassm.models import MetaSSM
 from pyro_metassm.observations import counted
 from pyro_metassm.posterior import forecast, posterior
 from pyro_metassm.recordings import Recordings
+from pyro_metassm.reporting.scoring import simple_forecasts
 from pyro_metassm.result import Fit
 from pyro_metassm.training import fit
 
@@ -111,9 +112,12 @@ def run(
         numbers = scores(
             result, train, test, context=context, horizon=horizon, num_samples=num_samples, seed=seed
         )
+        simple = simple_forecasts(result, train, test, context=context, horizon=horizon)
+        numbers["simple_forecasts"] = {score: of for score, of in simple.items() if of}
     numbers |= {
         "elbo": float(result.history["elbo"][-20:].mean()),
         "seed": seed,
+        "test_fraction": test_fraction,
         "context": context,
         "horizon": horizon,
     }

@@ -146,7 +146,7 @@ def parts(asked: Asked, progress: bool = False) -> Iterator[str]:
         yield html.section("map", TITLES["map"], atlas.parts(asked, found, album, keys))
         inner = []
         for name in names:
-            of = places.parts(asked, found, name, scores.scores or asked.told.scores, doctor, album)
+            of = places.parts(asked, found, name, asked.told.scores | scores.scores, doctor, album)
             inner.append(html.section(keys[name], name, of, level=3))
             bar.update()
         yield html.section("recordings", TITLES["recordings"], inner)

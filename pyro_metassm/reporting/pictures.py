@@ -26,22 +26,29 @@ def history(fit: Fit) -> Draw:
     return lambda figure: plots.history(fit, figure.subplots())
 
 
-def forecasts(curve: xr.DataArray, coverage: xr.DataArray | None) -> Draw:
-    """The forecast score against the horizon, and the coverage of its intervals."""
+def forecasts(curve: xr.DataArray) -> Draw:
+    """The forecast score against the horizon."""
+    return lambda figure: plots.forecast_curve(curve, figure.subplots()).set_ylabel("forecast R²")
+
+
+def coverage_curve(coverage: xr.DataArray) -> Draw:
+    """How often observations lie in their forecast intervals, against the horizon."""
 
     def draw(figure: Figure) -> None:
-        left, *right = figure.subplots(1, 1 if coverage is None else 2, squeeze=False)[0]
-        plots.forecast_curve(curve, left)
-        left.set_ylabel("forecast R²")
-        if coverage is None:
-            return
-        (ax,) = right
+        ax = figure.subplots()
         steps = coverage["horizon_step"].values
         ax.plot(steps, coverage.transpose("horizon_step", "recording").values, color="0.65", linewidth=0.8)
-        ax.plot(steps, coverage.mean("recording").values, color="black", linewidth=2.2, label="mean")
+        ax.plot(
+            steps,
+            coverage.mean("recording").values,
+            color="black",
+            linewidth=2.2,
+            label=f"mean of {coverage.sizes['recording']}",
+        )
         ax.axhline(LEVEL, color="black", linestyle="--", linewidth=1.0, label="calibrated")
         ax.set_ylim(min(0.5, float(coverage.min()) - 0.03), 1.02)
-        ax.set_xlabel(left.get_xlabel())
+        width = float(coverage["lead_time"][0]) / float(steps[0])
+        ax.set_xlabel(f"bins of {1000 * width:g} ms ahead")
         ax.set_ylabel(f"observations in {100 * LEVEL:.0f} % intervals")
         ax.legend(frameon=False, fontsize="small", loc="lower left")
 

@@ -68,10 +68,12 @@ def _facts(asked: Asked, found: Map, name: str, row: int) -> list[tuple[str, str
             one = data[name]
             lengths = sorted({int(one.lengths.min()), int(one.lengths.max())})
             bins = " to ".join(map(str, lengths))
-            mean = one.values.sum(dtype=np.float64) / max(int(one.mask.sum()), 1)
-            rows.append(
-                (label, f"{one.num_trials} of {bins} bins, {html.number(mean)} per bin and neuron on average")
-            )
+            said = f"{one.num_trials} of {bins} bins"
+            if one.has_counts:
+                seconds = max(int(one.mask.sum()), 1) * one.bin_width
+                total = one.values.sum(dtype=np.float64)
+                said += f"; a neuron fires at {html.number(total / seconds)} Hz on average"
+            rows.append((label, said))
     rows.append(("neurons", str(dict(zip(fit.names, fit.model.neurons.num_neurons, strict=True))[name])))
     rows.append(("embedding (mean ± sd)", atlas.embedding(found, row)))
     near = found.nearest(name)

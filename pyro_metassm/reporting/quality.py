@@ -11,6 +11,7 @@ from pyro_metassm.reporting.album import Album
 from pyro_metassm.reporting.asked import Asked, Missing, Scores, attempt, methods_of
 from pyro_metassm.reporting.scoring import LEVEL, Found, label_of
 
+SIZE = 4.8, 3.6  # inches
 METHODS = {
     "mean rate": "mean rate: every neuron's mean over the training trials",
     "psth": "psth: the mean over the training trials of the same condition, bin by bin",
@@ -21,39 +22,47 @@ METHODS = {
 
 def parts(asked: Asked, found: Found, album: Album) -> Iterator[str]:
     """Scores, calibration, training."""
-    scores = found.scores or asked.told.scores
-    if scores:
-        yield html.heading(
-            "Scores of held-out trials" if asked.told.about or asked.train is not None else "Scores", 3
-        )
+    told = asked.told.scores
+    used = {method for of in (*told.values(), *found.scores.values()) for method in methods_of(of)}
+    if told:
+        yield html.heading("Scores as the run wrote them", 3)
+        yield html.paragraph(asked.told.about)
+        yield html.table(summary(told))
+    if found.scores:
+        yield html.heading("Scores of the trials shown here", 3)
         yield html.paragraph(_about(asked, found))
-        yield html.table(summary(scores))
-        used = {method for of in scores.values() for method in methods_of(of)}
-        yield html.items(text for method, text in METHODS.items() if method in used)
-        if asked.train is None and found.scores and not asked.told.scores:
+        yield html.table(summary(found.scores))
+        if asked.train is None and not told:
             yield html.note(
                 "Simple predictions stand beside these where the trials of the fit are given, too."
             )
-    else:
+    if not used:
         yield html.note("No scores: no data were given, and none were written with the fit.")
-    if found.scores and asked.told.scores:
-        yield html.heading("Scores as the run wrote them", 3)
-        yield html.paragraph(asked.told.about)
-        yield html.table(summary(asked.told.scores))
+    yield html.items(text for method, text in METHODS.items() if method in used)
     yield from (html.note(f"Left out: {why}.") for why in found.missing)
-    curves = ""
+    shown = []
     if found.curve is not None:
-        curves = album.picture(
-            pictures.forecasts(found.curve, found.coverage),
-            (9.6 if found.coverage is not None else 5.2, 3.8),
-            "Forecast R² of every recording against the bins ahead, and the share of observations within "
-            f"{100 * LEVEL:.0f} % intervals",
-            f"Forecasts from {asked.context} bins. Left: the share of the variance explained; 0 knows only the average "
-            f"trial. Right: how often an observation lies in its {100 * LEVEL:.0f} % interval; on the dashed line the "
-            "intervals mean what they say, below it they are too narrow.",
+        shown.append(
+            album.picture(
+                pictures.forecasts(found.curve),
+                SIZE,
+                "Forecast R² of every recording against the bins ahead",
+                f"Forecasts from {asked.context} bins: the share of the variance explained. 0 knows only the average "
+                "trial.",
+            )
+        )
+    if found.coverage is not None:
+        shown.append(
+            album.picture(
+                pictures.coverage_curve(found.coverage),
+                SIZE,
+                f"The share of observations within {100 * LEVEL:.0f} % forecast intervals against the bins ahead",
+                "Calibration: on the dashed line the intervals mean what they say, below it they are too narrow. Grey: "
+                "each recording.",
+            )
         )
     training = attempt(lambda: _training(asked, album))
-    yield html.pictures([curves, "" if isinstance(training, Missing) else training])
+    yield html.pictures([*shown, "" if isinstance(training, Missing) else training])
     if isinstance(training, Missing):
         yield html.note(f"No training curve: {training.why}.")
 
@@ -89,9 +98,7 @@ def _mean(values: list[float]) -> str:
 
 
 def _about(asked: Asked, found: Found) -> str:
-    if not found.scores:
-        return asked.told.about
-    said = "Means ± standard errors over recordings; higher is better, R² of 0 is the mean of the trials scored. "
+    said = "Means ± standard errors over recordings. 0 is the mean of the trials scored, in R² and in bits per spike. "
     said += f"Forecasts see {asked.context} bins and reach {asked.horizon} further."
     if found.num_ended:
         said += f" {found.num_ended} trials end before that and are not forecast."
@@ -101,7 +108,7 @@ def _about(asked: Asked, found: Found) -> str:
 def _training(asked: Asked, album: Album) -> str:
     return album.picture(
         pictures.history(asked.fit),
-        (5.2, 3.8),
+        SIZE,
         "The ELBO against the steps of the fit",
         "Training: the ELBO of every step (thin) and its running mean. A curve that still rises says that more steps "
         "would help.",

@@ -9,10 +9,11 @@ import numpy as np
 import xarray as xr
 
 from pyro_metassm import baselines, metrics
-from pyro_metassm._scored_neurons import varying_neurons
-from pyro_metassm._scores import explained
+from pyro_metassm._scored_neurons import spiking_neurons, varying_neurons
+from pyro_metassm._scores import are_counts, bits_per_spike, explained
 from pyro_metassm.recordings import Recordings
 from pyro_metassm.reporting.asked import Asked, Missing, Scores, attempt
+from pyro_metassm.result import Fit
 
 LEVEL = 0.9  # of the intervals whose coverage is shown
 FIT = "fit"
@@ -26,7 +27,7 @@ LABELS = {
     "velocity_r2": "Velocity decoded from rates, R²",
     "forecast_velocity_r2": "Velocity decoded from forecast rates, R²",
     "psth_r2": "Averages by condition (PSTH), R²",
-    "coverage": f"Observations in {100 * LEVEL:.0f} % forecast intervals, share",
+    "coverage": f"Share of observations in {100 * LEVEL:.0f} % forecast intervals ({LEVEL:.2f} if calibrated)",
 }
 
 
@@ -78,9 +79,9 @@ def measure(asked: Asked) -> Found:
     if asked.train is None:
         return found
     train = asked.train.select(list(late))
+    others = attempt(lambda: simple_forecasts(fit, train, late, **window))
     for name, scores in found.scores.get(ahead, {}).items():
-        of_others = attempt(lambda name=name: _simple(asked, train, late, name))  # type: ignore[misc]
-        scores |= {} if isinstance(of_others, Missing) else of_others
+        scores |= {} if isinstance(others, Missing) else others["forecast_r2"].get(name, {})
     table = attempt(lambda: baselines.table(fit, train, late, **window, **draws))
     if isinstance(table, Missing):
         found.missing.append(f"baselines: {table.why}")
@@ -102,22 +103,39 @@ def _keep(found: Found, score: str, values: xr.DataArray | Missing) -> None:
         found.scores[score] = {name: {FIT: value} for name, value in cells.items()}
 
 
-def _simple(asked: Asked, train: Recordings, late: Recordings, name: str) -> dict[str, float]:
-    """What simple forecasts explain in the last bin of the horizon, as :func:`pyro_metassm.metrics.forecast_r2`."""
-    window = slice(asked.context, asked.context + asked.horizon)
-    one, seen = train[name], late[name]
-    chosen = varying_neurons(asked.fit, name)
-    y = seen.observations[:, window].astype(np.float64)
-    made = {
-        "mean rate": baselines.mean_rate(one, seen)[:, window],
-        "psth": baselines.psth(one, seen)[:, window],
-        "persistence": baselines.persistence(one, seen, context=asked.context, horizon=asked.horizon),
-    }
-    step = min(y.shape[1], asked.horizon) - 1
-    if step + 1 < asked.horizon:
-        return {}
-    found = {
-        method: explained(y[:, step][..., chosen], rates[:, step][..., chosen], (0,))
-        for method, rates in made.items()
-    }
-    return {method: value for method, value in found.items() if np.isfinite(value)}
+def simple_forecasts(fit: Fit, train: Recordings, test: Recordings, *, context: int, horizon: int) -> Scores:
+    """What forecasts that know no dynamics reach: those of :mod:`pyro_metassm.baselines`, of the trials long enough.
+
+    Returns:
+        ``forecast_r2``, as :func:`pyro_metassm.metrics.forecast_r2` in the last bin of the horizon, and
+        ``forecast_bits_per_spike``, as :func:`pyro_metassm.metrics.fp_bps`; what is not defined is left out.
+    """
+    found: Scores = {"forecast_r2": {}, "forecast_bits_per_spike": {}}
+    spiking = spiking_neurons(fit, test)
+    for name in test:
+        rows = np.flatnonzero(test[name].lengths > context)
+        if not len(rows):
+            continue
+        one, seen = train[name], test[name].take(rows)
+        window, varying = slice(context, context + horizon), varying_neurons(fit, name)
+        y = seen.observations[:, window].astype(np.float64)
+        for method, rates in {
+            "mean rate": baselines.mean_rate(one, seen)[:, window],
+            "psth": baselines.psth(one, seen)[:, window],
+            "persistence": baselines.persistence(one, seen, context=context, horizon=horizon)[
+                :, : y.shape[1]
+            ],
+        }.items():
+            if y.shape[1] == horizon:
+                score = explained(y[:, -1][..., varying], rates[:, -1][..., varying], (0,))
+                _put(found["forecast_r2"], name, method, score)
+            counts = y[..., spiking[name]]
+            if spiking[name].any() and are_counts(counts):
+                score = bits_per_spike(rates[..., spiking[name]], counts)
+                _put(found["forecast_bits_per_spike"], name, method, score)
+    return found
+
+
+def _put(scores: dict[str, dict[str, float]], name: str, method: str, value: float) -> None:
+    if np.isfinite(value):
+        scores.setdefault(name, {})[method] = float(value)
