@@ -42,25 +42,37 @@ def parts(asked: Asked, found: Map, album: Album, keys: dict[str, str]) -> Itera
         "The embeddings of the recordings with their posterior spread",
         "Each recording's dynamical embedding: mean and 90 % of the posterior." + more,
     )
-    apart = ""
+    apart = []
     if found.alike:
         yield html.note("All recordings have the same dynamics: the embedding changes nothing in this model.")
     elif isinstance(found.distances, xr.Dataset) and len(found.names) > 1:
-        side = 3.4 if len(found.names) <= 12 else 4.6
-        apart = album.picture(
-            pictures.distances(found),
-            (2.5 * side, 1.25 * side),
-            "Matrices of distances between recordings, in embedding and in dynamics",
-            "How far recordings are apart: left in the embedding, right in what their dynamics do at the states that "
-            "they visit (0: they move every state alike). Recordings in the order of the map's longest direction.",
-        )
-    yield html.pictures([ellipses, apart])
+        side = 4.4 if len(found.names) <= 12 else 5.4
+        apart = [
+            album.picture(
+                pictures.distances(found, key),
+                (side, side),
+                f"Matrix of distances between recordings, in {what}",
+                told,
+            )
+            for key, what, told in (
+                (
+                    "distance",
+                    "embedding",
+                    "How far the recordings are apart on the map, in the order of its longest direction.",
+                ),
+                (
+                    "dynamics_distance",
+                    "dynamics",
+                    "How differently their dynamics move the states that they visit: 0 moves every state alike.",
+                ),
+            )
+        ]
+    yield html.pictures([ellipses, *apart])
     if found.without is not None:
         yield html.note(f"No map of the dynamics: {found.without}")
         return
-    for what, result in (("distances", found.distances),):
-        if isinstance(result, Missing):
-            yield html.note(f"No {what}: {result.why}")
+    if isinstance(found.distances, Missing):
+        yield html.note(f"No distances: {found.distances.why}")
     yield html.heading("What changes along the map", 3)
     if isinstance(found.along, Missing):
         yield html.note(f"No path: {found.along.why}.")

@@ -31,7 +31,7 @@ figure { margin: 1.5rem 0; overflow-x: auto; } figcaption { color: var(--dim); m
 .pictures figcaption { max-width: 34rem; font-size: 0.9rem; }
 .scroll { overflow-x: auto; }
 table { border-collapse: collapse; margin: 1rem 0; } th, td { padding: 0.25rem 0.9rem; text-align: right; }
-td { white-space: nowrap; }
+td { white-space: nowrap; } td:first-child { white-space: normal; min-width: 7rem; }
 th:first-child, td:first-child { text-align: left; } th { border-bottom: 2px solid var(--ink); vertical-align: bottom; }
 tr:nth-child(even) td { background: var(--stripe); }
 dl { display: grid; grid-template-columns: max-content 1fr; gap: 0.2rem 1.2rem; max-width: 60rem; }

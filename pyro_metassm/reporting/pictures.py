@@ -74,8 +74,13 @@ def embeddings(found: Map, color: dict[str, Any] | None, label: str | None) -> D
     return draw
 
 
-def distances(found: Map) -> Draw:
-    """Distances between recordings in embedding and in dynamics, recordings by their place on the map."""
+def distances(found: Map, key: str) -> Draw:
+    """Distances between recordings, recordings in the order of their places along the map.
+
+    Args:
+        found: the map.
+        key: "distance" in embedding, or "dynamics_distance".
+    """
 
     def draw(figure: Figure) -> None:
         data = found.distances
@@ -83,25 +88,20 @@ def distances(found: Map) -> Draw:
         centred = found.mean - found.mean.mean(0)
         order = np.argsort(centred @ np.linalg.svd(centred, full_matrices=False)[2][0], kind="stable")
         names = [short(found.names[row]) for row in order]
-        for ax, key, title in zip(
-            figure.subplots(1, 2),
-            ("distance", "dynamics_distance"),
-            ("in embedding", "in dynamics (root mean square, 1/s)"),
-            strict=True,
-        ):
-            values = (
-                data[key]
-                .transpose("draw", "recording", "recording_")
-                .mean("draw")
-                .values[np.ix_(order, order)]
-            )
-            image = ax.imshow(values if key == "distance" else np.sqrt(values), cmap="cividis")
-            figure.colorbar(image, ax=ax, shrink=0.75)
-            ax.set_title(title, fontsize="medium")
-            ticks = range(len(names)) if len(names) <= NAMED else []
-            look: dict[str, Any] = {"fontsize": "x-small" if len(names) > 12 else "small"}
-            ax.set_xticks(ticks, names if ticks else [], rotation=90, **look)
-            ax.set_yticks(ticks, names if ticks and key == "distance" else [""] * len(ticks), **look)
+        values = (
+            data[key].transpose("draw", "recording", "recording_").mean("draw").values[np.ix_(order, order)]
+        )
+        ax = figure.subplots()
+        image = ax.imshow(values if key == "distance" else np.sqrt(values), cmap="cividis")
+        label = "distance in embedding" if key == "distance" else "difference of the dynamics (rms, 1/s)"
+        figure.colorbar(image, ax=ax, shrink=0.75, label=label)
+        if len(names) <= NAMED:
+            look: dict[str, Any] = {"fontsize": "xx-small" if len(names) > 12 else "small"}
+            ax.set_xticks(range(len(names)), names, rotation=90, **look)
+            ax.set_yticks(range(len(names)), names, **look)
+        else:
+            ax.set_xticks([])
+            ax.set_yticks([])
 
     return draw
 
