@@ -144,10 +144,8 @@ def scores(numbers: Mapping[str, Any]) -> Scores:
     of = numbers.get("scores")
     if not isinstance(of, dict):
         found = _scores(numbers, "fit", {})
-        simple = numbers.get("simple_forecasts")
-        last = f"forecast_r2, {numbers.get('horizon')} bins ahead"
-        for key, score in (("forecast_r2", last), ("forecast_bits_per_spike", "forecast_bits_per_spike")):
-            for name, row in _dict(_dict(simple).get(key)).items():
+        for score, of_names in _dict(numbers.get("simple_forecasts")).items():
+            for name, row in _dict(of_names).items():
                 if name in found.get(score, {}):
                     found[score][name] |= {str(k): float(v) for k, v in _dict(row).items() if _is_number(v)}
         return found
@@ -165,7 +163,10 @@ def scores(numbers: Mapping[str, Any]) -> Scores:
 
 def _scores(numbers: Mapping[str, Any], method: str, found: Scores) -> Scores:
     """The scores of one method, put beside others."""
-    forecasts = {f"forecast_r2, {k} bins ahead": v for k, v in _dict(numbers.get("forecast_r2")).items()}
+    forecasts = {
+        f"forecast_r2, {k} bin{'s' * (k != '1')} ahead": v
+        for k, v in _dict(numbers.get("forecast_r2")).items()
+    }
     for score, values in ({key: numbers.get(key) for key in BY_RECORDING} | forecasts).items():
         for name, value in _dict(values).items():
             if _is_number(value):

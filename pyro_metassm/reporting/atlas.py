@@ -34,19 +34,19 @@ def parts(asked: Asked, found: Map, album: Album, keys: dict[str, str]) -> Itera
     )
     color, label = coloured(asked, found)
     size = found.mean.shape[1]
-    height = 4.4 if size > 1 else min(1.2 + 0.28 * len(found.names), 12.0)
+    height = 3.8 if size > 1 else min(1.2 + 0.28 * len(found.names), 12.0)
     more = "" if size < 3 else f" Of {size} dims the first two."
     ellipses = album.picture(
         pictures.embeddings(found, color, label),
-        (5.6, height),
+        (4.2 if len(found.names) <= 12 else 5.6, height),
         "The embeddings of the recordings with their posterior spread",
         "Each recording's dynamical embedding: mean and 90 % of the posterior." + more,
     )
     apart = []
     if found.alike:
         yield html.note("All recordings have the same dynamics: the embedding changes nothing in this model.")
-    elif isinstance(found.distances, xr.Dataset) and len(found.names) > 1:
-        side = 4.4 if len(found.names) <= 12 else 5.4
+    elif isinstance(found.distances, xr.Dataset) and len(found.names) > 2:
+        side = 3.8 if len(found.names) <= 12 else 5.4
         apart = [
             album.picture(
                 pictures.distances(found, key),
@@ -96,16 +96,16 @@ def glance(asked: Asked, found: Map) -> list[dict[str, str]]:
     for k, name in enumerate(found.names):
         row = {"recording": name, "neurons": str(neurons[name])}
         row["embedding"] = embedding(found, k)
-        if name in errors:
-            row["roll-out error"] = html.number(errors[name])
-        near = found.nearest(name)
-        if near is not None:
-            row["closest in dynamics"] = near[0]
         if name in found.places:
             place = found.places[name]
             row["fixed points"] = counted(place)
             row["slowest rate (1/s)"] = slowest(place)
             row["period of cycle (s)"] = periods(place)
+        if name in errors:
+            row["roll-out error"] = html.number(errors[name])
+        near = found.nearest(name) if len(found.names) > 2 else None
+        if near is not None:
+            row["closest in dynamics"] = near[0]
         rows.append(row)
     columns = list(dict.fromkeys(column for row in rows for column in row))
     return [{column: row.get(column, "–") for column in columns} for row in rows]

@@ -14,6 +14,7 @@ from pyro_metassm import analysis
 from pyro_metassm.reporting.asked import Asked, Missing, attempt
 
 STARTS, CYCLE_STARTS = 12, 1  # of searches, for every draw
+BINS = 600  # that orbits are followed before a cycle is looked for
 POINTS, DRAWS_ALONG = 25, 8  # of the path
 ALIKE = 1e-10  # distance in dynamics over the flow itself, below which there is none
 
@@ -109,6 +110,8 @@ def _place(asked: Asked, name: str, draws: dict[str, Any]) -> Place:
     if size > 1:
         # In more than two latents the plane in which the states vary most says more than any two latents.
         field = attempt(lambda: analysis.flow_field(fit, name, principal=size > 2, **given))
-        cycles = attempt(lambda: analysis.limit_cycles(fit, name, num_starts=CYCLE_STARTS, **given))
+        cycles = attempt(
+            lambda: analysis.limit_cycles(fit, name, num_starts=CYCLE_STARTS, num_bins=BINS, **given)
+        )
     points = attempt(lambda: analysis.fixed_points(fit, name, num_starts=STARTS, **given))
     return Place(field, points, cycles)

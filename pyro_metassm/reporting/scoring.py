@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -68,8 +69,14 @@ def measure(asked: Asked) -> Found:
         found.missing.append(f"forecast_r2: {curve.why}")
         return found
     found.curve = curve
-    ahead = f"forecast_r2, {asked.horizon} bins ({asked.horizon * recs.bin_width:.3g} s) ahead"
-    _keep(found, ahead, curve.isel(horizon_step=-1))
+    scored = (
+        curve.notnull().all("recording")
+        if curve.notnull().all("recording").any()
+        else curve.notnull().any("recording")
+    )
+    step = int(curve["horizon_step"].values[scored.values][-1]) if scored.any() else asked.horizon
+    ahead = f"forecast_r2, {bins(step)} ({step * recs.bin_width:.3g} s) ahead"
+    _keep(found, ahead, curve.sel(horizon_step=step))
     levels = attempt(
         lambda: metrics.forecast_scores(fit, late, **window, levels=(LEVEL,), **draws)["coverage"]
     )
@@ -79,9 +86,13 @@ def measure(asked: Asked) -> Found:
     if asked.train is None:
         return found
     train = asked.train.select(list(late))
-    others = attempt(lambda: simple_forecasts(fit, train, late, **window))
+    others = attempt(lambda: simple_forecasts(fit, train, late, **window, steps=[step]))
     for name, scores in found.scores.get(ahead, {}).items():
-        scores |= {} if isinstance(others, Missing) else others["forecast_r2"].get(name, {})
+        scores |= (
+            {}
+            if isinstance(others, Missing)
+            else others.get(f"forecast_r2, {bins(step)} ahead", {}).get(name, {})
+        )
     table = attempt(lambda: baselines.table(fit, train, late, **window, **draws))
     if isinstance(table, Missing):
         found.missing.append(f"baselines: {table.why}")
@@ -103,22 +114,35 @@ def _keep(found: Found, score: str, values: xr.DataArray | Missing) -> None:
         found.scores[score] = {name: {FIT: value} for name, value in cells.items()}
 
 
-def simple_forecasts(fit: Fit, train: Recordings, test: Recordings, *, context: int, horizon: int) -> Scores:
+def bins(number: int) -> str:
+    return f"{number} bin" + "s" * (number != 1)
+
+
+def simple_forecasts(
+    fit: Fit, train: Recordings, test: Recordings, *, context: int, horizon: int, steps: Sequence[int]
+) -> Scores:
     """What forecasts that know no dynamics reach: those of :mod:`pyro_metassm.baselines`, of the trials long enough.
 
     Returns:
-        ``forecast_r2``, as :func:`pyro_metassm.metrics.forecast_r2` in the last bin of the horizon, and
+        ``"forecast_r2, 5 bins ahead"`` for each of ``steps``, as :func:`pyro_metassm.metrics.forecast_r2`, and
         ``forecast_bits_per_spike``, as :func:`pyro_metassm.metrics.fp_bps`; what is not defined is left out.
     """
-    found: Scores = {"forecast_r2": {}, "forecast_bits_per_spike": {}}
+    found: Scores = {}
     spiking = spiking_neurons(fit, test)
+    window = slice(context, context + horizon)
+
+    def put(score: str, name: str, method: str, value: float) -> None:
+        if np.isfinite(value):
+            found.setdefault(score, {}).setdefault(name, {})[method] = float(value)
+
     for name in test:
         rows = np.flatnonzero(test[name].lengths > context)
         if not len(rows):
             continue
         one, seen = train[name], test[name].take(rows)
-        window, varying = slice(context, context + horizon), varying_neurons(fit, name)
+        varying = varying_neurons(fit, name)
         y = seen.observations[:, window].astype(np.float64)
+        counts = y[..., spiking[name]]
         for method, rates in {
             "mean rate": baselines.mean_rate(one, seen)[:, window],
             "psth": baselines.psth(one, seen)[:, window],
@@ -126,16 +150,10 @@ def simple_forecasts(fit: Fit, train: Recordings, test: Recordings, *, context: 
                 :, : y.shape[1]
             ],
         }.items():
-            if y.shape[1] == horizon:
-                score = explained(y[:, -1][..., varying], rates[:, -1][..., varying], (0,))
-                _put(found["forecast_r2"], name, method, score)
-            counts = y[..., spiking[name]]
+            for k in (k for k in steps if k <= y.shape[1]):
+                score = explained(y[:, k - 1][..., varying], rates[:, k - 1][..., varying], (0,))
+                put(f"forecast_r2, {bins(k)} ahead", name, method, score)
             if spiking[name].any() and are_counts(counts):
-                score = bits_per_spike(rates[..., spiking[name]], counts)
-                _put(found["forecast_bits_per_spike"], name, method, score)
+                bits = bits_per_spike(rates[..., spiking[name]], counts)
+                put("forecast_bits_per_spike", name, method, bits)
     return found
-
-
-def _put(scores: dict[str, dict[str, float]], name: str, method: str, value: float) -> None:
-    if np.isfinite(value):
-        scores.setdefault(name, {})[method] = float(value)
