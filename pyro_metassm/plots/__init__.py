@@ -17,6 +17,10 @@ from pyro_metassm.plots.flow_field import flow_comparison as flow_comparison
 from pyro_metassm.plots.flow_field import flow_field as flow_field
 from pyro_metassm.plots.flow_field import true_flow_field as true_flow_field
 from pyro_metassm.plots.history import history as history
+from pyro_metassm.plots.interpolation import interpolation_grid as interpolation_grid
+from pyro_metassm.plots.raster import raster_and_rates as raster_and_rates
+from pyro_metassm.plots.scores import adaptation_curve as adaptation_curve
 from pyro_metassm.plots.scores import forecast_curve as forecast_curve
 from pyro_metassm.plots.traces import trace_panels as trace_panels
 from pyro_metassm.plots.traces import traces as traces
+from pyro_metassm.plots.trajectories import trajectories as trajectories

@@ -27,6 +27,14 @@ def new_axes(ax: Any = None) -> Axes:
     return plt.subplots(figsize=(5, 4), layout="constrained")[1]
 
 
+def shades() -> Any:
+    """A colour map from light to dark, not too light for white paper, that grows darker in grey, too."""
+    from matplotlib import colormaps
+    from matplotlib.colors import ListedColormap
+
+    return ListedColormap(colormaps["cividis_r"](np.linspace(0.2, 1.0, 256)))
+
+
 def ellipse(ax: Axes, draws: np.ndarray, color: Any) -> None:
     """The ellipse that holds 90 % of a Normal with the mean and covariance of draws ``(2, draw)``."""
     from matplotlib.patches import Ellipse
