@@ -81,12 +81,15 @@ def draw(
     """:func:`trajectories`; ``words`` are what the caller calls the two trees."""
     if of not in DIMS:
         raise ValueError(f"{caller}: needed of= 'rates' or 'latents', got {of!r}")
-    for given_tree, word in zip((tree, forecast), words, strict=True):
-        known = () if given_tree is None else trials(given_tree, recording)
-        if given_tree is not None and trial not in known:
+    for which_tree, word, hint in (
+        (forecast, words[1], "; a trial that ends before the context is not forecast"),
+        (tree, words[0], ""),
+    ):
+        known = () if which_tree is None else trials(which_tree, recording)
+        if which_tree is not None and trial not in known:
             raise ValueError(
                 f"{caller}: needed trial {trial} of recording {recording!r} in the {word}, got "
-                f"{checks.some(known) or 'none'}; a trial that ends before the context is not forecast"
+                f"{checks.some(known) or 'none'}{hint}"
             )
     given.recording(caller, tree, recording, "posterior", "observed_data")
     past = part(tree, recording, "posterior")[of].sel(trial=trial)
