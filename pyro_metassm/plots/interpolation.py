@@ -25,6 +25,7 @@ def interpolation_grid(
     of: Literal["latents", "rates", "decoded"] = "latents",
     plane: tuple[int, int] = (0, 1),
     which: Sequence[int] | None = None,
+    label: str | None = None,
 ) -> np.ndarray:
     """Small multiples: where the same state goes under embeddings on a grid, the one in the middle framed boldly.
 
@@ -40,6 +41,7 @@ def interpolation_grid(
             95 %).
         plane: the two latents.
         which: neurons or outputs, by their position; default the three that vary most over all panels.
+        label: of y for rates and what was decoded, with its units.
 
     Returns:
         the axes ``(row, column)``, as they lie on paper.
@@ -65,7 +67,7 @@ def interpolation_grid(
     if of == "latents":
         _in_a_plane(paper, found, plane)
     else:
-        _over_time(paper, found, of, which)
+        _over_time(paper, found, of, which, label)
     _name_offsets(paper, found)
     for side in paper[shape[0] // 2, shape[1] // 2].spines.values():
         side.set_linewidth(2.5)
@@ -91,7 +93,9 @@ def _in_a_plane(panels: np.ndarray, found: xr.Dataset, plane: tuple[int, int]) -
     _label_outer(panels, *where.labels)
 
 
-def _over_time(panels: np.ndarray, found: xr.Dataset, of: str, which: Sequence[int] | None) -> None:
+def _over_time(
+    panels: np.ndarray, found: xr.Dataset, of: str, which: Sequence[int] | None, label: str | None
+) -> None:
     dim = DIMS[of]
     values = found[of].transpose("row", "column", "draw", "time", dim).values
     size = values.shape[-1]
@@ -115,7 +119,7 @@ def _over_time(panels: np.ndarray, found: xr.Dataset, of: str, which: Sequence[i
             ax.plot(time, mean[place][:, k], linewidth=1.6, label=f"{dim} {name}", **style)
         ax.set_xlim(time[0], time[-1])
         ax.set_ylim(*limits)
-    _label_outer(panels, "time (s)", "rate (per bin)" if of == "rates" else "decoded")
+    _label_outer(panels, "time (s)", label or ("rate (per bin)" if of == "rates" else "decoded"))
     panels[-1, -1].legend(loc="upper left", bbox_to_anchor=(1.1, 1.0), frameon=False, fontsize="small")
 
 
