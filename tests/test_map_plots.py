@@ -176,6 +176,7 @@ def test_fixed_points_by_place_type_and_stability():
     ellipses = [patch for patch in ax.patches if isinstance(patch, Ellipse)]
     assert len(ellipses) == 2
     np.testing.assert_allclose(ellipses[1].center, np.nanmean(position[:, 1], 0))
+    assert ellipses[0].get_facecolor()[:3] != ellipses[1].get_facecolor()[:3]
     # 90 % of a plane Normal: sqrt(-2 ln 0.1) standard deviations, area pi s^2 sqrt(det)
     area = np.pi * -2 * np.log(0.1) * np.sqrt(np.linalg.det(np.cov(position[:, 0].T)))
     assert np.pi * ellipses[0].width * ellipses[0].height / 4 == pytest.approx(area)
@@ -245,6 +246,8 @@ def test_limit_cycles_are_closed_and_say_their_period():
     assert [line.get_linestyle() for line in drawn] == ["-", "-", "-", "--", "--"]
     assert legend(ax) == ["cycle of 0.6 s", "cycle of 2 s, unstable (67 % of draws)"]
     assert len(legend(plots.limit_cycles(found, least=0.9))) == 1
+    both = plots.limit_cycles(found, plots.fixed_points(points().isel(latent_dim=[0, 1])), least=0.9)
+    assert legend(both) == ["stable node", "saddle", "cycle of 0.6 s"]
 
 
 # ---- bifurcations -------------------------------------------------------------------------------------------

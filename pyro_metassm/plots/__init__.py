@@ -1,8 +1,13 @@
 """Pictures of fits and their results, with matplotlib. Every function draws into `ax` (or makes one) and
 returns it.
 
-Colours are those of Okabe and Ito, which colour-blind readers tell apart; line styles and markers differ as
-well, so that nothing is lost in grey.
+- of a fit: `history`; its scores: `forecast_curve`, `adaptation_curve`, `calibration`;
+- of recordings: `embedding`; of trials: `trajectories`, `traces`, `trace_panels`, `raster_and_rates`;
+- of what `pm.analysis` finds: `flow`, `fixed_points`, `limit_cycles`, `bifurcation`, `interpolation_grid`;
+- beside the truth of a simulation: `flow_field`, `true_flow_field`, `flow_comparison`, `align`.
+
+Colours are those of Okabe and Ito, which colour-blind readers tell apart; line styles, markers and lightness differ
+as well, so that nothing is lost in grey.
 """
 
 from pyro_metassm._aligning import AffineMap as AffineMap
