@@ -320,7 +320,7 @@ def test_a_learned_field_is_the_displacement_of_the_dynamics(linear, recs, field
     expected = (others @ MATRIX.T + SHIFT - others) / recs.bin_width
     np.testing.assert_allclose(per_second, np.ma.array(expected, mask=per_second.mask), atol=1e-4)
     assert ax.get_xlim() == (-2, 2) and (ax.get_xlabel(), ax.get_ylabel()) == ("latent 1", "latent 2")
-    assert ax.figure.axes[1].get_ylabel() == "speed (per bin)"
+    assert ax.child_axes[0].get_ylabel() == "speed (per bin)"
 
 
 def test_displacements_are_those_of_the_recordings_own_embedding(fit):

@@ -6,6 +6,8 @@ from typing import Any
 
 import numpy as np
 
+from pyro_metassm.plots._style import shades
+
 GRID = 25  # points along each side
 Limits = tuple[tuple[float, float], tuple[float, float]]
 
@@ -80,17 +82,20 @@ def streams(
 
 def scale(top: float) -> tuple[Any, Any]:
     """Colours of speeds from 0 to ``top``, none of them too light for white paper."""
-    from matplotlib import colormaps
-    from matplotlib.colors import ListedColormap, Normalize
+    from matplotlib.colors import Normalize
 
-    return ListedColormap(colormaps["cividis_r"](np.linspace(0.2, 1.0, 256))), Normalize(0.0, top or 1.0)
+    return shades(), Normalize(0.0, top or 1.0)
 
 
 def colorbar(ax: Any, top: float, unit: str, extend: str) -> None:
+    """The colours of speeds beside one axes, as high as these, or beside a list of them."""
     from matplotlib.cm import ScalarMappable
 
     cmap, norm = scale(top)
-    figure = (ax[0] if isinstance(ax, list) else ax).figure
-    figure.colorbar(
-        ScalarMappable(norm, cmap), ax=ax, label=f"speed (per {unit})", extend=extend, aspect=30, pad=0.02
+    several = isinstance(ax, list)
+    figure = (ax[0] if several else ax).figure
+    # A box of equal aspect is smaller than its place, so that a colour bar in a place of its own would be too high.
+    place = (
+        {"ax": ax, "aspect": 30, "pad": 0.02} if several else {"cax": ax.inset_axes((1.03, 0.0, 0.04, 1.0))}
     )
+    figure.colorbar(ScalarMappable(norm, cmap), label=f"speed (per {unit})", extend=extend, **place)

@@ -27,6 +27,14 @@ def new_axes(ax: Any = None) -> Axes:
     return plt.subplots(figsize=(5, 4), layout="constrained")[1]
 
 
+def shades() -> Any:
+    """A colour map from light to dark, not too light for white paper, that grows darker in grey, too."""
+    from matplotlib import colormaps
+    from matplotlib.colors import ListedColormap
+
+    return ListedColormap(colormaps["cividis_r"](np.linspace(0.2, 1.0, 256)))
+
+
 def ellipse(ax: Axes, draws: np.ndarray, color: Any) -> None:
     """The ellipse that holds 90 % of a Normal with the mean and covariance of draws ``(2, draw)``."""
     from matplotlib.patches import Ellipse
@@ -40,6 +48,14 @@ def ellipse(ax: Axes, draws: np.ndarray, color: Any) -> None:
 
 
 def legend_below(ax: Axes, handles: Sequence[Any], columns: int = 3) -> None:
-    """A legend under the labels of the x axis, where it covers nothing."""
+    """A legend under the labels of the x axis, where it covers nothing; what one there says is kept."""
+    before = ax.get_legend()
+    entries = {} if before is None else dict(zip(_texts(before), before.legend_handles, strict=True))
+    entries |= {handle.get_label(): handle for handle in handles}
     place: dict[str, Any] = {"loc": "upper center", "bbox_to_anchor": (0.5, 0.0), "borderaxespad": 4.5}
-    ax.legend(handles=handles, frameon=False, fontsize="small", ncols=columns, columnspacing=1.2, **place)
+    place |= {"frameon": False, "fontsize": "small", "ncols": columns, "columnspacing": 1.2}
+    ax.legend(list(entries.values()), list(entries), **place)
+
+
+def _texts(legend: Any) -> list[str]:
+    return [text.get_text() for text in legend.texts]

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import xarray as xr
 
+from pyro_metassm import _checks as checks
+from pyro_metassm.plots import _given as given
 from pyro_metassm.plots._style import BLUE, INTERVAL, MARKERS, PALETTE, ellipse, new_axes
 from pyro_metassm.trees import part
 
@@ -19,7 +21,7 @@ FEW = 16  # labels that are written in the ordinary size
 
 
 def embedding(
-    tree: xr.DataTree,
+    tree: xr.DataTree | xr.Dataset,
     ax: Axes | Sequence[Axes] | None = None,
     against: Mapping[str, float] | Any = None,
     color: Mapping[str, Any] | Any = None,
@@ -33,10 +35,11 @@ def embedding(
     recording (one embedding dim), or the first two dims with ellipses that hold 90 %.
 
     Args:
-        tree: of :func:`pyro_metassm.posterior` or :func:`pyro_metassm.forecast`.
+        tree: of :func:`pyro_metassm.posterior` or :func:`pyro_metassm.forecast`; or a Dataset of
+            :func:`pyro_metassm.analysis.embedding_map`.
         ax: where to draw; with ``against`` and several embedding dims, as many axes.
-        against: a value of every recording: a mapping by name, a DataArray over `recording`, or in the tree's
-            order.
+        against: a value of every recording: a mapping by name, a DataArray over `recording`, in the tree's
+            order, or the name of a coordinate that the embeddings have, such as ``"subject"``.
         color: likewise, numbers (a colour bar) or categories (a legend).
         labels: write the recordings' names beside the points.
         label: of the axis of ``against``, or of the colour bar without it; default a DataArray's name.
@@ -45,7 +48,7 @@ def embedding(
         the axes, or an array of them.
 
     Raises:
-        ValueError: values that lack a recording, too few axes.
+        ValueError: values that lack a recording, a coordinate that there is not, too few axes.
 
     Example:
         >>> draws = np.random.default_rng(0).normal([[-1.0], [1.0]], 0.1, (1, 50, 2, 1))
@@ -55,8 +58,8 @@ def embedding(
         >>> embedding(tree, against={"slow": 2.5, "fast": 5.0}, label="speed (rad/s)").get_xlabel()
         'speed (rad/s)'
     """
-    e = part(tree, "posterior")["embedding"].stack(sample=("chain", "draw"))
-    e = e.transpose("recording", "embedding_dim", "sample")
+    e = _draws(tree)
+    against, color = _coordinate(e, against, "against"), _coordinate(e, color, "color")
     names, draws = [str(name) for name in e["recording"].values], e.values
     size, means = draws.shape[1], draws.mean(2)
     styles, legend = _colors(color, names, label if against is None else None)
@@ -95,6 +98,33 @@ def embedding(
 
 
 # ---- parts -----------------------------------------------------------------------------------------------
+
+
+def _draws(tree: Any) -> xr.DataArray:
+    """Draws of the embeddings, ``(recording, embedding_dim, sample)``."""
+    if isinstance(tree, xr.Dataset):
+        given.dataset("embedding", tree, ("embedding",), "pm.analysis.embedding_map")
+        e = tree["embedding"].rename(draw="sample")
+    elif "posterior" in getattr(tree, "children", {}) and "embedding" in tree["posterior"].data_vars:
+        e = part(tree, "posterior")["embedding"].stack(sample=("chain", "draw"))
+    else:
+        raise ValueError(
+            "embedding: needed a tree with posterior/embedding, such as of pm.posterior, got none"
+        )
+    return e.transpose("recording", "embedding_dim", "sample")
+
+
+def _coordinate(e: xr.DataArray, values: Any, what: str) -> Any:
+    """The coordinate of a name, as values of the recordings; anything else as it is."""
+    if not isinstance(values, str):
+        return values
+    known = [str(name) for name, of in e.coords.items() if of.dims == ("recording",) and name != "recording"]
+    if values not in known:
+        raise ValueError(
+            f"embedding: needed {what} as one of the coordinates {checks.some(known) or '(there is none)'} of the "
+            f"embeddings, or as values, got {values!r}"
+        )
+    return e[values].reset_coords(drop=True)
 
 
 def _of_recordings(values: Any, names: Sequence[str], what: str) -> list:

@@ -50,7 +50,7 @@ def fixed_points(
         on: the flow field that ``ax`` shows (of :func:`pyro_metassm.analysis.flow_field`): its plane is taken, be it
             one of principal axes.
         least: share of draws below which a point is left out.
-        legend: explain the markers that are used, below the axes.
+        legend: explain the markers that are used, below the axes, beside what a legend explains there already.
 
     Returns:
         the axes.
@@ -81,7 +81,7 @@ def fixed_points(
             continue
         there = np.isfinite(position[k]).all(-1)
         (kind, number), *_ = Counter(found["type"].isel(fixed_point=k).values[there].tolist()).most_common()
-        ellipse(ax, position[k, there].T, KINDS[kind]["markerfacecolor"] if kind in KINDS else BLACK)
+        ellipse(ax, position[k, there].T, ORANGE if kind == "saddle" else BLUE)
         x, y = position[k, there].mean(0)
         ax.plot(x, y, linestyle="", markersize=9, markeredgecolor=BLACK, zorder=5, **KINDS[kind])
         agreed = number / there.sum()
@@ -163,7 +163,7 @@ def limit_cycles(
         handles += ax.plot([], [], linewidth=1.4, label=text, **style)
     where.label(ax)
     if legend and handles:
-        legend_below(ax, handles, columns=1)
+        legend_below(ax, handles)
     return ax
 
 
