@@ -374,9 +374,7 @@ def test_a_run_has_a_full_page_without_its_data(run, tmp_path, capsys):
         means, abs=6e-4
     )
     assert f"torch {numbers['versions']['torch']}" in page.text
-    assert [
-        alt for alt in page.of("alt") if alt.startswith("Observed, reconstructed and forecast activity of a")
-    ]
+    assert [alt for alt in page.of("alt") if alt.startswith("Activity of a as it was observed")]
     assert page.faults == [] and page.foreign() == []
     assert "for any browser" in capsys.readouterr().out
 

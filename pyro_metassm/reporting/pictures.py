@@ -130,14 +130,14 @@ def flow(place: Place, paths: xr.DataArray | None) -> Draw:
     return draw
 
 
-def trial(ahead: xr.DataTree, tree: xr.DataTree, name: str, which: int, context: int) -> Draw:
-    """A trial as it was observed, reconstructed and forecast: the neurons whose rates vary most."""
+def trial(tree: xr.DataTree, ahead: xr.DataTree | None, name: str) -> Draw:
+    """The first trial as it was observed, reconstructed and maybe forecast: the neurons whose rates vary most."""
 
     def draw(figure: Figure) -> None:
         size = min(NEURONS, tree[f"{name}/observed_data"].sizes["neuron"])
         axes = figure.subplots(size, 1, sharex=True, squeeze=False)[:, 0]
-        plots.traces(ahead, tree, name, which, size, context, list(axes))
-        axes[0].set_title(f"trial {which}", fontsize="medium")
+        plots.trajectories(tree, name, which=size, forecast=ahead, ax=list(axes))
+        axes[0].set_title("")
         legend = axes[0].get_legend()
         handles, texts = axes[0].get_legend_handles_labels()
         if legend is not None:

@@ -55,7 +55,7 @@ def parts(
     paths = part(trees.posterior, name, "posterior")["latents"] if isinstance(trees, Trees) else None
     shown = [_flow(found, name, paths, album)]
     if isinstance(trees, Trees):
-        shown.append(_trial(asked, trees, name, album))
+        shown.append(_trial(trees, name, album))
     yield html.pictures(shown)
     yield from _dynamics(found, name)
 
@@ -133,17 +133,20 @@ def _flow(found: Map, name: str, paths: xr.DataArray | None, album: Album) -> st
     return html.note(f"No picture of the flow: {drawn.why}") if isinstance(drawn, Missing) else drawn
 
 
-def _trial(asked: Asked, trees: Trees, name: str, album: Album) -> str:
-    if isinstance(trees.forecast, Missing):
-        return html.note(f"Not forecast: {trees.forecast.why}")
-    ahead = trees.forecast
+def _trial(trees: Trees, name: str, album: Album) -> str:
+    ahead = None if isinstance(trees.forecast, Missing) else trees.forecast
+    told = "Two neurons of a trial: observed (dots) and reconstructed, with 90 % bands of the rate."
+    if ahead is not None:
+        told = (
+            "Two neurons of a trial: observed (dots), reconstructed up to the dotted line, and forecast from there, "
+            "with 90 % bands of the rate."
+        )
     drawn = attempt(
         lambda: album.picture(
-            pictures.trial(ahead, trees.posterior, name, 0, asked.context),
+            pictures.trial(trees.posterior, ahead, name),
             (6.0, 4.0),
-            f"Observed, reconstructed and forecast activity of {name}",
-            "Two neurons of a trial: observed (dots), reconstructed up to the dotted line, and forecast from there, "
-            "with 90 % bands of the rate.",
+            f"Activity of {name} as it was observed, reconstructed and forecast",
+            told,
         )
     )
     return html.note(f"No picture of a trial: {drawn.why}") if isinstance(drawn, Missing) else drawn
