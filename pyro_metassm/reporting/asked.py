@@ -12,7 +12,7 @@ import numpy as np
 import xarray as xr
 
 from pyro_metassm import _checks as checks
-from pyro_metassm.recordings import Recordings
+from pyro_metassm.recordings import Recording, Recordings
 from pyro_metassm.result import Fit
 
 T = TypeVar("T")
@@ -72,11 +72,11 @@ class Asked:
 
     @property
     def names(self) -> list[str]:
-        """The recordings with a section: those of the data first, then the others whose embedding is known."""
-        given = [] if self.recs is None else list(self.recs)
-        known = self.fit.statistics.isfinite().all(-1).tolist()
-        others = [n for n, there in zip(self.fit.names, known, strict=True) if there and n not in given]
-        return given + others
+        """The recordings with a section, whose embedding is known: those of the data first."""
+        there = self.fit.statistics.isfinite().all(-1).tolist()
+        known = [name for name, good in zip(self.fit.names, there, strict=True) if good]
+        given = [] if self.recs is None else [name for name in self.recs if name in known]
+        return given + [name for name in known if name not in given]
 
     def data(self, name: str) -> Recordings | None:
         """The trials of a recording, if there are any."""
@@ -85,17 +85,15 @@ class Asked:
     @property
     def all_data(self) -> Recordings | None:
         """The trials, if they are of all recordings of the page."""
-        return self.recs if self.recs is not None and set(self.names) <= set(self.recs) else None
+        there = self.recs is not None and set(self.names) <= set(self.recs)
+        return self.recs.select(self.names) if self.recs is not None and there else None
 
-    def long_enough(self) -> Recordings | None:
-        """The trials that forecasts can be made of; recordings without one are left out."""
-        if self.recs is None:
+    def late(self, name: str) -> Recording | None:
+        """The trials of a recording that can be forecast, if there are any."""
+        if self.recs is None or name not in self.recs:
             return None
-        found = []
-        for recording in self.recs.values():
-            rows = np.flatnonzero(recording.lengths > self.context)
-            found += [recording.take(rows)] if len(rows) else []
-        return Recordings(found) if found else None
+        rows = np.flatnonzero(self.recs[name].lengths > self.context)
+        return self.recs[name].take(rows) if len(rows) else None
 
 
 def window_of(recs: Recordings | None, context: int | None, horizon: int | None) -> tuple[int, int]:

@@ -16,6 +16,7 @@ from pyro_metassm.reporting.asked import Asked, Missing, attempt
 STARTS, CYCLE_STARTS = 12, 1  # of searches, for every draw
 BINS = 600  # that orbits are followed before a cycle is looked for
 POINTS, DRAWS_ALONG = 25, 8  # of the path
+PROBES = 3  # recordings that are tried first
 ALIKE = 1e-10  # distance in dynamics over the flow itself, below which there is none
 
 Result = xr.Dataset | Missing
@@ -73,15 +74,18 @@ class Map:
 def find(asked: Asked, tell: Callable[[], Any]) -> Map:
     """Everything that the dynamics allow; ``tell`` is called after each recording, and after each of two more parts."""
     fit, names = asked.fit, asked.names
-    rows = [fit.names.index(name) for name in names]
+    if not names:
+        nothing = Missing("the fit knows the embedding of no recording")
+        return Map(names, np.zeros((0, 1)), np.zeros((0, 1)), nothing, nothing, {}, nothing.why)
     with torch.no_grad():
-        posterior = fit.guide.embedding_posterior(fit.statistics[rows])
+        posterior = fit.guide.embedding_posterior(fit.statistics[[fit.names.index(name) for name in names]])
         mean, sd = (x[:, 0].double().cpu().numpy() for x in (posterior.mean, posterior.stddev))
     draws: dict[str, Any] = {"num_draws": asked.num_draws, "seed": asked.seed}
-    # A model of which the dynamics cannot be looked at fails at once, and for one reason.
-    probe = attempt(lambda: analysis.embedding_map(fit, asked.data(names[0]), num_draws=0)) if names else None
-    if isinstance(probe, Missing):
-        return Map(names, mean, sd, probe, probe, {}, probe.why)
+    # A model of which the dynamics cannot be looked at fails at every recording, and for one reason.
+    probes = [attempt(lambda name=name: _probe(asked, name)) for name in names[:PROBES]]  # type: ignore[misc]
+    failed = [probe for probe in probes if isinstance(probe, Missing)]
+    if len(failed) == len(probes):
+        return Map(names, mean, sd, failed[0], failed[0], {}, failed[0].why)
     recs = asked.all_data
     distances = attempt(
         lambda: analysis.embedding_map(fit, recs, num_draws=min(asked.num_draws, 10), seed=asked.seed)
@@ -100,6 +104,10 @@ def find(asked: Asked, tell: Callable[[], Any]) -> Map:
         places[name] = _place(asked, name, draws)
         tell()
     return Map(names, mean, sd, distances, along, places)
+
+
+def _probe(asked: Asked, name: str) -> xr.Dataset:
+    return analysis.fixed_points(asked.fit, name, recs=asked.data(name), num_draws=0, num_starts=1)
 
 
 def _place(asked: Asked, name: str, draws: dict[str, Any]) -> Place:

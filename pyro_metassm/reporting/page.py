@@ -131,8 +131,10 @@ def parts(asked: Asked, progress: bool = False) -> Iterator[str]:
     keys = {name: f"recording-{number}" for number, name in enumerate(names, 1)}
     album = Album(len(names))
     with tqdm(total=2 * len(names) + 3, disable=not progress, desc="report", dynamic_ncols=True) as bar:
+        bar.set_description("scores")
         scores = scoring.measure(asked)
         bar.update()
+        bar.set_description("map")
         found = mapping.find(asked, bar.update)
         doctor = overview.summary(asked)
         yield html.contents(
@@ -144,9 +146,12 @@ def parts(asked: Asked, progress: bool = False) -> Iterator[str]:
         yield html.section("what", TITLES["what"], overview.parts(asked))
         yield html.section("good", TITLES["good"], quality.parts(asked, scores, album))
         yield html.section("map", TITLES["map"], atlas.parts(asked, found, album, keys))
-        inner = []
+        bar.set_description("recordings")
+        # What a run wrote is of all its held-out trials; with the data at hand these are scored here, and beside more.
+        told, own = asked.told.scores, scores.scores
+        both, inner = own | told if asked.train is None else told | own, []
         for name in names:
-            of = places.parts(asked, found, name, asked.told.scores | scores.scores, doctor, album)
+            of = places.parts(asked, found, name, both, doctor, album)
             inner.append(html.section(keys[name], name, of, level=3))
             bar.update()
         yield html.section("recordings", TITLES["recordings"], inner)

@@ -98,15 +98,14 @@ def _trees(asked: Asked, name: str) -> Trees | Missing | None:
     data = asked.data(name)
     if data is None:
         return None
-    late = asked.long_enough()
-    can = late is not None and name in late
-    source = late if can and late is not None else data
-    some = Recordings([source[name].take(np.arange(min(TRIALS, source[name].num_trials)))])
+    late = asked.late(name)
+    one = data[name] if late is None else late
+    some = Recordings([one.take(np.arange(min(TRIALS, one.num_trials)))])
     tree = attempt(lambda: posterior(asked.fit, some, num_samples=asked.num_samples, seed=asked.seed))
     if isinstance(tree, Missing):
         return tree
     ahead: xr.DataTree | Missing = Missing(f"no trial is longer than {asked.context} bins")
-    if can:
+    if late is not None:
         window: dict[str, Any] = {
             "context": asked.context,
             "horizon": asked.horizon,

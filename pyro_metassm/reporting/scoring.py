@@ -59,10 +59,11 @@ def measure(asked: Asked) -> Found:
     window: dict[str, Any] = {"context": asked.context, "horizon": asked.horizon}
     made = attempt(lambda: metrics.reconstruction_r2(fit, recs, **draws))
     _keep(found, "reconstruction_r2", made)
-    late = asked.long_enough()
-    if late is None:
+    long = [recording for name in recs if (recording := asked.late(name)) is not None]
+    if not long:
         found.missing.append(f"no trial is longer than the {asked.context} bins that forecasts are given")
         return found
+    late = Recordings(long)
     found.num_ended = sum(r.num_trials for r in recs.values()) - sum(r.num_trials for r in late.values())
     curve = attempt(lambda: metrics.forecast_r2(fit, late, **window, **draws))
     if isinstance(curve, Missing):
