@@ -10,17 +10,18 @@ import numpy as np
 import pyro.distributions as dist
 import pytest
 from fits import parts
+from html_pages import Page, browser, opened, row_of
 from known_maps import Known, NormalForm, fit_of
-from pages import Page, browser, opened, row_of
 
 import pyro_metassm as pm
 from pyro_metassm import cli
-from pyro_metassm.experiments import files, runs
-from pyro_metassm.reporting import album, atlas, html, mapping, quality, scoring
+from pyro_metassm.experiments import adapting, files, runs
+from pyro_metassm.reporting import album, atlas, html, mapping, places, quality, scoring
+from pyro_metassm.reporting import page as pages
 from pyro_metassm.reporting.album import LARGEST, Album
 from pyro_metassm.reporting.asked import Told
 
-SCRIPT, IMAGE, FORMULA = "<script>alert(1)", '"><img src=x onerror=alert(2)>', "cost $x^$ & $\\"[:-1]
+SCRIPT, IMAGE, FORMULA = "<script>alert(1)", '"><img src=x onerror=alert(2)>', "cost $x^$ & $"
 NAMES = (SCRIPT, IMAGE, FORMULA)
 QUICK = {"num_draws": 2, "num_samples": 3, "progress": False}
 TWO = {"slow": (1.0, 2.0), "fast": (0.6, 6.0)}  # mu and w of the normal form
@@ -152,23 +153,23 @@ def test_a_browser_opens_the_page_without_an_error(written, tmp_path):
 # ---- numbers ---------------------------------------------------------------------------------------------
 
 
-def test_the_dynamics_are_those_of_the_closed_form(tmp_path):
+def test_the_dynamics_are_those_of_the_closed_form():
     """A focus at 0 of rate mu and frequency w / 2 pi, and a cycle of period 2 pi / w that attracts at 2 mu."""
-    page = page_of(fit_of(NormalForm, TWO, sd=1e-6), tmp_path)
-    text = page.text
-    for mu, w in TWO.values():
-        row = ["unstable focus", f"{mu:.3g}", f"{w / (2 * np.pi):.3g}", "100 %"]
-        starts = [k for k, cell in enumerate(page.cells) if cell == row[0]]
-        assert any(
-            page.cells[k + 2].split(" ")[0] == row[1] and page.cells[k + 3 : k + 5] == row[2:] for k in starts
-        )
-        starts = [k for k, cell in enumerate(page.cells) if cell == "attracts"]
-        found = [[float(cell.split(" ")[0]) for cell in page.cells[k + 1 : k + 4]] for k in starts]
-        expected = [2 * np.pi / w, np.sqrt(mu), -2 * mu]
-        assert any(np.allclose(values, expected, rtol=6e-3) for values in found)  # three digits are written
-    assert row_of(page, "slow", 2)[1] == "6" and "1 unstable focus" in page.cells
-    assert "No scores" in text and "no data were given" in text and page.faults == []
-    assert "the model's own paths" in text and "No training curve" in text
+    asked = pages.ask(fit_of(NormalForm, TWO, sd=1e-6), None, None, Told(), num_draws=2)
+    found = mapping.find(asked, lambda: None)
+    for row, (name, (mu, w)) in zip(atlas.glance(asked, found), TWO.items(), strict=True):
+        place = found.places[name]
+        (focus,) = places.fixed_points(place.points)
+        assert (focus["fixed point"], focus["in draws"]) == ("unstable focus", "100 %")
+        values = [float(focus[key].split(" ")[0]) for key in ("slowest rate (1/s)", "its frequency (Hz)")]
+        assert np.allclose(values, [mu, w / (2 * np.pi)], rtol=6e-3)  # three digits are written
+        (cycle,) = places.limit_cycles(place.cycles)
+        values = [float(cycle[key].split(" ")[0]) for key in list(cycle)[1:4]]
+        assert cycle["limit cycle"] == "attracts"
+        assert np.allclose(values, [2 * np.pi / w, np.sqrt(mu), -2 * mu], rtol=6e-3)
+        assert (row["recording"], row["neurons"], row["fixed points"]) == (name, "6", "1 unstable focus")
+        assert row["embedding"] == f"{mu:.2f} ± 0.00, {w:.2f} ± 0.00"
+        assert float(row["period of cycle (s)"].split(" ")[0]) == values[0]
 
 
 def test_the_crossing_of_a_hopf_bifurcation_is_where_mu_is_0():
@@ -393,14 +394,13 @@ def test_a_fit_without_its_run(run, tmp_path):
 
 
 def test_damaged_files_beside_a_fit(run, tmp_path):
-    folder = tmp_path / "run"
-    pm.load(run[0] / "fit").save(folder / "fit")
+    folder, fit = tmp_path / "run", pm.load(run[0] / "fit")
+    fit.save(folder / "fit")
     (folder / "metrics.json").write_text("{<script>")
     (folder / "posterior.nc").write_bytes(b"nothing")
-    page = command(folder, out=tmp_path / "r.html")
-    assert (
-        "metrics.json could not be read" in page.text and "The trials of the run are not shown" in page.text
-    )
+    assert "metrics.json could not be read" in runs.metrics(folder)[1][0]
+    found, (note,) = runs.trials(folder, fit)
+    assert found is None and note.startswith("The trials of the run are not shown")
     hostile = {
         "forecast_r2": {"<b>5": {"<i>a": 0.25, "b": "1"}},
         "scores": [],
@@ -415,9 +415,22 @@ def test_damaged_files_beside_a_fit(run, tmp_path):
         "trials": {"a": 1},
     }
     (folder / "metrics.json").write_text(json.dumps(hostile))
-    (folder / "posterior.nc").unlink()
     page = command(folder, out=tmp_path / "r.html")
     assert row_of(page, "Forecast, R², <b>5 bins ahead", 3)[2] == "0.250" and not {"b", "i"} & set(page.tags)
+    assert note in page.texts
+
+
+def test_the_trials_of_an_adaptation_are_those_that_it_was_scored_on(fit):
+    recs = recordings(("a", "b"))
+    numbers = {
+        "scores": {},
+        "trials": {"a": {"adapt": 4}, "b": {"adapt": 4}},
+        "seed": 3,
+        "test_fraction": None,
+    }
+    for ours, theirs in zip(runs.split(recs, numbers, fit), adapting.split(recs, 4, None, 3), strict=True):
+        assert ours.names == theirs.names and ours["a"].num_trials in (4, 8)
+        np.testing.assert_array_equal(ours["b"].observations, theirs["b"].observations)
 
 
 def test_scores_of_an_adaptation():
