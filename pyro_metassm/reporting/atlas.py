@@ -14,6 +14,7 @@ from pyro_metassm.reporting.album import Album
 from pyro_metassm.reporting.asked import Asked, Missing, of_mean
 from pyro_metassm.reporting.mapping import Map, Place
 
+FEW = 12  # recordings of which three pictures stand beside each other
 LEAST = 0.5  # share of the draws from which a fixed point or cycle is counted
 GUIDE = (
     "All spreads are over draws of the embedding from the guide's posterior, given the fitted networks: they hold no "
@@ -34,11 +35,13 @@ def parts(asked: Asked, found: Map, album: Album, keys: dict[str, str]) -> Itera
     )
     color, label = coloured(asked, found)
     size = found.mean.shape[1]
-    height = 3.8 if size > 1 else min(1.2 + 0.28 * len(found.names), 12.0)
+    few = len(found.names) <= FEW
+    wide, tall = (4.2, 3.8) if few else (7.4, 5.6)
+    height = tall if size > 1 else min(1.2 + 0.28 * len(found.names), 12.0)
     more = "" if size < 3 else f" Of {size} dims the first two."
     ellipses = album.picture(
         pictures.embeddings(found, color, label),
-        (4.2 if len(found.names) <= 12 else 5.6, height),
+        (wide, height),
         "The embeddings of the recordings with their posterior spread",
         "Each recording's dynamical embedding: mean and 90 % of the posterior." + more,
     )
@@ -46,7 +49,7 @@ def parts(asked: Asked, found: Map, album: Album, keys: dict[str, str]) -> Itera
     if found.alike:
         yield html.note("All recordings have the same dynamics: the embedding changes nothing in this model.")
     elif isinstance(found.distances, xr.Dataset) and len(found.names) > 2:
-        side = 3.8 if len(found.names) <= 12 else 5.4
+        side = 3.8 if few else 5.4
         apart = [
             album.picture(
                 pictures.distances(found, key),

@@ -28,10 +28,10 @@ img { max-width: 100%; height: auto; background: #fff; border-radius: 4px; }
 figure { margin: 1.5rem 0; overflow-x: auto; } figcaption { color: var(--dim); max-width: 50rem; }
 .pictures { display: flex; flex-wrap: wrap; gap: 0 2rem; }
 .pictures figure { flex: 0 1 auto; max-width: 100%; margin: 1rem 0; }
-.pictures figcaption { max-width: 34rem; font-size: 0.9rem; }
+.pictures figcaption { contain: inline-size; font-size: 0.9rem; }
 .scroll { overflow-x: auto; }
 table { border-collapse: collapse; margin: 1rem 0; } th, td { padding: 0.25rem 0.9rem; text-align: right; }
-td { white-space: nowrap; } td:first-child { white-space: normal; min-width: 7rem; }
+td { white-space: nowrap; } td:first-child { white-space: normal; min-width: 12rem; }
 th:first-child, td:first-child { text-align: left; } th { border-bottom: 2px solid var(--ink); vertical-align: bottom; }
 tr:nth-child(even) td { background: var(--stripe); }
 dl { display: grid; grid-template-columns: max-content 1fr; gap: 0.2rem 1.2rem; max-width: 60rem; }
@@ -41,6 +41,7 @@ pre { overflow-x: auto; background: var(--stripe); padding: 0.8rem; font-size: 0
 nav ul { padding-left: 1.2rem; } nav ul ul { columns: 18rem; }
 @media (max-width: 40rem) {
   body { margin: 1rem auto; } th, td { padding: 0.25rem 0.45rem; } dl { grid-template-columns: 1fr; }
+  td:first-child { min-width: 7rem; }
   dd { margin-bottom: 0.4rem; }
 }
 @media print {

@@ -124,7 +124,7 @@ def _flow(found: Map, name: str, paths: xr.DataArray | None, album: Album) -> st
             pictures.flow(place, paths),
             (5.0, 4.6),
             f"Flow of {name} with its fixed points and cycles",
-            "Its flow, where states were visited (grey: nowhere near); fixed points, the cycle in black"
+            "Its flow, where states were visited (grey: nowhere near), its fixed points, and any cycle in black"
             + ("" if paths is None else ", posterior means of two trials as thin lines from a dot")
             + ".",
         )

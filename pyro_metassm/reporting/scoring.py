@@ -12,7 +12,8 @@ import xarray as xr
 from pyro_metassm import baselines, metrics
 from pyro_metassm._scored_neurons import spiking_neurons, varying_neurons
 from pyro_metassm._scores import are_counts, bits_per_spike, explained
-from pyro_metassm.recordings import Recordings
+from pyro_metassm.observations import counted
+from pyro_metassm.recordings import Recording, Recordings
 from pyro_metassm.reporting.asked import Asked, Missing, Scores, attempt
 from pyro_metassm.result import Fit
 
@@ -94,6 +95,8 @@ def measure(asked: Asked) -> Found:
             if isinstance(others, Missing)
             else others.get(f"forecast_r2, {bins(step)} ahead", {}).get(name, {})
         )
+    if not any(_has_more(fit, recording) for recording in late.values()):
+        return found
     table = attempt(lambda: baselines.table(fit, train, late, **window, **draws))
     if isinstance(table, Missing):
         found.missing.append(f"baselines: {table.why}")
@@ -103,6 +106,12 @@ def measure(asked: Asked) -> Found:
         cells = {method: value for method, value in cells.items() if np.isfinite(value)}
         found.scores.setdefault(str(score), {})[str(name)] = cells
     return found
+
+
+def _has_more(fit: Fit, recording: Recording) -> bool:
+    """Whether the table of baselines has a score of a recording: of counts, of behaviour or of conditions."""
+    spiking = counted(fit.model, recording.name).any() and recording.has_counts
+    return bool(spiking) or recording.behavior is not None or recording.condition is not None
 
 
 def _keep(found: Found, score: str, values: xr.DataArray | Missing) -> None:
