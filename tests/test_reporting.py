@@ -273,6 +273,7 @@ def test_a_single_latent_and_shared_dynamics(tmp_path):
     assert row_of(page, "stable node", 3)[2] == f"{rate:.3g}" and page.faults == []
 
 
+@pytest.mark.slow
 def test_one_recording_of_sixteen_latents_is_seen_in_its_principal_plane(tmp_path):
     page = page_of(fit_of(Decay, {"a": (0.1, 0.0)}, latent_dim=16), tmp_path)
     assert [alt for alt in page.of("alt") if alt.startswith("Flow of a")] and page.faults == []
@@ -380,6 +381,7 @@ def test_a_run_has_a_full_page_without_its_data(run, tmp_path, capsys):
     assert "for any browser" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_run_with_its_data(run, tmp_path):
     folder, paths = run
     page = command(folder, "--data", *paths, out=tmp_path / "r.html")
