@@ -189,7 +189,9 @@ def _write_names(ax: Axes, names: Sequence[str], points: np.ndarray) -> None:
     pixels, dot = place * [box.width, box.height], ax.figure.dpi / 72
     size = "small" if len(names) <= FEW else "xx-small"
     letter = dot * LETTER[size]
-    taken = [(x - 3 * dot, y - 3 * dot, x + 3 * dot, y + 3 * dot) for x, y in pixels.tolist()]
+    taken: list[tuple[float, ...]] = [
+        (x - 3 * dot, y - 3 * dot, x + 3 * dot, y + 3 * dot) for x, y in pixels.tolist()
+    ]
     left = list(range(len(names)))
     while left:
         first = left[0]
