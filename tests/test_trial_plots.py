@@ -334,3 +334,4 @@ def test_names_of_neighbours_do_not_cover_each_other():
         boxes = [text.get_window_extent() for text in ax.texts]
         assert len(boxes) <= apart
         assert not any(a.overlaps(b) for k, a in enumerate(boxes) for b in boxes[:k])
+        assert {ax.texts[0].xyann, ax.texts[1].xyann} == {(6, 5), (-6, 5)}  # nobody is near them

@@ -208,7 +208,7 @@ def _write_names(ax: Axes, names: Sequence[str], points: np.ndarray) -> None:
             x, y = at[0] + 6 * dot * side - (wide if side < 0 else 0.0), at[1] + up * dot
             lost = sum(_overlap((x, y, x + wide, y + tall), other) for other in taken)
             lost += wide * tall - _overlap((x, y, x + wide, y + tall), (0.0, 0.0, box.width, box.height))
-            tried.append((lost, len(tried), up, side, (x, y, x + wide, y + tall)))
+            tried.append((round(lost, 3), len(tried), up, side, (x, y, x + wide, y + tall)))
         _, _, up, side, rectangle = min(tried)
         taken.append(rectangle)
         style: dict[str, Any] = {"textcoords": "offset points", "fontsize": size}
