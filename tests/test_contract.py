@@ -70,6 +70,11 @@ LIKELIHOODS = (
     "Binomial", "LogNormal", "Gamma", "ZeroInflatedGamma", "Mixed",
 )  # fmt: skip
 MODELS = ("MetaSSM", "LinearGaussian")
+PLOTS = (
+    "AffineMap", "adaptation_curve", "align", "bifurcation", "calibration", "embedding", "fixed_points", "flow",
+    "flow_comparison", "flow_field", "forecast_curve", "history", "interpolation_grid", "limit_cycles",
+    "raster_and_rates", "trace_panels", "traces", "trajectories", "true_flow_field",
+)  # fmt: skip
 ERRORS = {"NonFiniteLossError": RuntimeError, "CheckpointError": OSError}
 
 
@@ -117,6 +122,7 @@ def test_attributes_stay():
     assert [name for name in RECORDING if not hasattr(recording, name)] == []
     assert [name for name in LIKELIHOODS if not hasattr(pm.likelihoods, name)] == []
     assert [name for name in MODELS if not hasattr(pm.models, name)] == []
+    assert [name for name in PLOTS if not callable(getattr(pm.plots, name, None))] == []
     assert pm.io.read and pm.io.write_npz and pm.io.write_netcdf and pm.plots and pm.transitions
 
 

@@ -320,3 +320,18 @@ def test_embeddings_of_a_map_and_by_a_coordinate():
     with pytest.raises(ValueError, match="needed a tree with posterior/embedding"):
         plots.embedding(xr.DataTree())
     assert pm.plots is plots
+
+
+def test_names_of_neighbours_do_not_cover_each_other():
+    places = np.array([[0.0, 0.0], [1.0, 1.0], [0.45, 0.5], [0.5, 0.44], [0.55, 0.51]])
+    e = places + 1e-4 * RNG.normal(size=(30, 5, 2))
+    names = [f"a recording of a long name {k}" for k in range(5)]
+    found = xr.Dataset({"embedding": (("draw", "recording", "embedding_dim"), e)}, {"recording": names})
+    for inches, apart in ((9, 5), (5, 5)):
+        figure, ax = plt.subplots(figsize=(inches, inches))
+        plots.embedding(found, ax)
+        figure.canvas.draw()
+        boxes = [text.get_window_extent() for text in ax.texts]
+        assert len(boxes) <= apart
+        assert not any(a.overlaps(b) for k, a in enumerate(boxes) for b in boxes[:k])
+        assert {ax.texts[0].xyann, ax.texts[1].xyann} == {(6, 5), (-6, 5)}  # nobody is near them

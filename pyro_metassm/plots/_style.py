@@ -50,12 +50,10 @@ def ellipse(ax: Axes, draws: np.ndarray, color: Any) -> None:
 def legend_below(ax: Axes, handles: Sequence[Any], columns: int = 3) -> None:
     """A legend under the labels of the x axis, where it covers nothing; what one there says is kept."""
     before = ax.get_legend()
-    entries = {} if before is None else dict(zip(_texts(before), before.legend_handles, strict=True))
+    entries: dict[str, Any] = {}
+    if before is not None:
+        entries = dict(zip((text.get_text() for text in before.texts), before.legend_handles, strict=True))
     entries |= {handle.get_label(): handle for handle in handles}
     place: dict[str, Any] = {"loc": "upper center", "bbox_to_anchor": (0.5, 0.0), "borderaxespad": 4.5}
     place |= {"frameon": False, "fontsize": "small", "ncols": columns, "columnspacing": 1.2}
     ax.legend(list(entries.values()), list(entries), **place)
-
-
-def _texts(legend: Any) -> list[str]:
-    return [text.get_text() for text in legend.texts]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 
 NEAR = (0.13, 0.05)  # of the axes: points as near as this share a label
 FEW = 16  # labels that are written in the ordinary size
+LETTER = {"small": 8.3, "xx-small": 5.8}  # points: their heights, at the usual size of fonts
 
 
 def embedding(
@@ -180,10 +182,16 @@ def _interval(ax: Axes, at: float, draws: np.ndarray, style: dict, vertical: boo
 
 
 def _write_names(ax: Axes, names: Sequence[str], points: np.ndarray) -> None:
-    """Names beside points ``(recording, 2)``, towards the middle; points that coincide share a label."""
-    low, high = ax.get_xlim()[0], ax.get_xlim()[1]
-    bottom, top = ax.get_ylim()
-    place = (points - [low, bottom]) / [high - low, top - bottom]
+    """Names beside points ``(recording, 2)``, where they cover no other; points that coincide share a label."""
+    box = ax.get_window_extent()
+    low, high = np.array([ax.get_xlim(), ax.get_ylim()]).T
+    place = (points - low) / (high - low)
+    pixels, dot = place * [box.width, box.height], ax.figure.dpi / 72
+    size = "small" if len(names) <= FEW else "xx-small"
+    letter = dot * LETTER[size]
+    taken: list[tuple[float, ...]] = [
+        (x - 3 * dot, y - 3 * dot, x + 3 * dot, y + 3 * dot) for x, y in pixels.tolist()
+    ]
     left = list(range(len(names)))
     while left:
         first = left[0]
@@ -192,15 +200,26 @@ def _write_names(ax: Axes, names: Sequence[str], points: np.ndarray) -> None:
         text = ", ".join(names[row] for row in group[:3]) + (
             f" and {len(group) - 3} more" if len(group) > 3 else ""
         )
-        right = place[first, 0] > 0.5
-        ax.annotate(
-            text,
-            tuple(points[group].mean(0)),
-            xytext=(-6 if right else 6, 5),
-            textcoords="offset points",
-            ha="right" if right else "left",
-            fontsize="small" if len(names) <= FEW else "xx-small",
-        )
+        wide, tall = 0.6 * letter * len(text), 1.2 * letter
+        at = pixels[group].mean(0)
+        towards = -1 if place[first, 0] > 0.5 else 1  # the middle
+        tried: list[tuple[float, int, int, int, tuple[float, ...]]] = []
+        for up, side in itertools.product((5, -11, 15, -21, 25), (towards, -towards)):
+            x, y = at[0] + 6 * dot * side - (wide if side < 0 else 0.0), at[1] + up * dot
+            lost = sum(_overlap((x, y, x + wide, y + tall), other) for other in taken)
+            lost += wide * tall - _overlap((x, y, x + wide, y + tall), (0.0, 0.0, box.width, box.height))
+            tried.append((round(lost, 3), len(tried), up, side, (x, y, x + wide, y + tall)))
+        _, _, up, side, rectangle = min(tried)
+        taken.append(rectangle)
+        style: dict[str, Any] = {"textcoords": "offset points", "fontsize": size}
+        ha = "right" if side < 0 else "left"
+        ax.annotate(text, tuple(points[group].mean(0)), xytext=(6 * side, up), ha=ha, **style)
+
+
+def _overlap(one: tuple[float, ...], other: tuple[float, ...]) -> float:
+    """The common area of two rectangles (left, bottom, right, top)."""
+    wide, tall = (max(min(one[k + 2], other[k + 2]) - max(one[k], other[k]), 0.0) for k in (0, 1))
+    return wide * tall
 
 
 def _axes(ax: Any, size: int) -> np.ndarray:

@@ -40,7 +40,8 @@ def fixed_points(
 
     A point is at its mean over the draws that have it, in an ellipse that holds 90 % of these (of a Normal of their
     mean and covariance), and of the type that most of them say. Where some draws lack it, or say another type, the
-    share of draws that have it is written beside it, and of these the share that say so.
+    share of draws that have it is written beside it, and of these the share that say so. Of more than two latents it
+    is a shadow: a flow drawn in the same plane is that of states in the plane, where the point need not be.
 
     Args:
         found: of :func:`pyro_metassm.analysis.fixed_points`.

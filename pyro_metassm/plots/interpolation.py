@@ -15,6 +15,7 @@ from pyro_metassm.plots._style import BLACK, BLUE, INTERVAL, PALETTE, STYLES
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
+WIDE = 3.0  # times the median width of panels: what is wider has exploded
 DIMS = {"rates": "neuron", "decoded": "output"}
 
 
@@ -31,7 +32,7 @@ def interpolation_grid(
 
     Columns go along the first embedding dimension of the grid to the right, rows along the second one upwards; the
     offset from the middle is written above and to the right. All panels have the same limits, those of the panels'
-    bulk: what leaves them has exploded.
+    bulk: those of the panels that are at most three times as wide as their median. What leaves them has exploded.
 
     Args:
         found: of :func:`pyro_metassm.analysis.interpolate`.
@@ -81,7 +82,7 @@ def _in_a_plane(panels: np.ndarray, found: xr.Dataset, plane: tuple[int, int]) -
     where = given.Plane.of("interpolation_grid", found.sizes["latent_dim"], plane)
     paths = where(found["latents"].transpose("row", "column", "draw", "time", "latent_dim").values)
     middle = paths.mean(2)
-    limits = [_bulk(middle[..., k]) for k in (0, 1)]
+    limits = _bulk(middle)
     for place in np.ndindex(panels.shape):
         ax: Any = panels[place]
         for path in paths[place] if paths.shape[2] > 1 else ():
@@ -108,7 +109,7 @@ def _over_time(
         )
     values = values[..., list(which)]
     (low, high), mean = np.quantile(values, INTERVAL, axis=2), values.mean(2)
-    time, limits = found["time"].values, _bulk(mean)
+    time, (limits,) = found["time"].values, _bulk(mean.reshape(*mean.shape[:2], -1, 1))
     for place in np.ndindex(panels.shape):
         ax: Any = panels[place]
         for k, name in enumerate(which):
@@ -123,19 +124,19 @@ def _over_time(
     panels[-1, -1].legend(loc="upper left", bbox_to_anchor=(1.1, 1.0), frameon=False, fontsize="small")
 
 
-def _bulk(values: np.ndarray) -> tuple[float, float]:
-    """Limits that hold the panels ``(row, column, time, ...)`` but for those that leave the others far behind."""
-    finite = np.where(np.isfinite(values), values, np.nan)
-    flat = finite.reshape(-1, int(np.prod(values.shape[2:])))
-    flat = flat[np.isfinite(flat).all(1)]
+def _bulk(values: np.ndarray) -> list[tuple[float, float]]:
+    """Limits of each number of panels ``(row, column, point, number)``, but for panels that are far wider than most."""
+    flat = values.reshape(-1, *values.shape[2:])
+    flat = flat[np.isfinite(flat).all((1, 2))]
     if not len(flat):
-        return 0.0, 1.0
+        return [(0.0, 1.0)] * values.shape[-1]
     low, high = flat.min(1), flat.max(1)
     width = high - low
-    usual = width <= 5 * np.median(width) + 1e-12
-    bottom, top = float(low[usual].min()), float(high[usual].max())
-    margin = 0.05 * (top - bottom) or 0.5
-    return bottom - margin, top + margin
+    usual = (width <= WIDE * np.median(width, 0) + 1e-12).all(1)
+    usual |= not usual.any()
+    bottom, top = low[usual].min(0), high[usual].max(0)
+    margin = np.where(top > bottom, 0.05 * (top - bottom), 0.5)
+    return list(zip((bottom - margin).tolist(), (top + margin).tolist(), strict=True))
 
 
 def _name_offsets(panels: np.ndarray, found: xr.Dataset) -> None:
