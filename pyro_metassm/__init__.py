@@ -30,6 +30,7 @@ from pyro_metassm.posterior import prior_predictive as prior_predictive
 from pyro_metassm.recordings import Batch as Batch
 from pyro_metassm.recordings import Recording as Recording
 from pyro_metassm.recordings import Recordings as Recordings
+from pyro_metassm.reporting import report as report
 from pyro_metassm.restarts import Restarts as Restarts
 from pyro_metassm.restarts import fit_restarts as fit_restarts
 from pyro_metassm.result import Fit as Fit

@@ -16,7 +16,7 @@ from tqdm.auto import tqdm
 
 from pyro_metassm import _checks as checks
 from pyro_metassm import _machine as machine
-from pyro_metassm._flow_plots import align as align_to_truth
+from pyro_metassm._aligning import align as align_to_truth
 from pyro_metassm.comparing import posterior_scores
 from pyro_metassm.draws import global_draws, observations_of
 from pyro_metassm.guides.base import AmortizedGuide

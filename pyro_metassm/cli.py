@@ -1,4 +1,4 @@
-"""The command line: ``metassm demo``, ``fit``, ``forecast``, ``adapt``, ``experiment`` (``python -m pyro_metassm``)."""
+"""The command line: ``metassm demo``, ``fit``, ``forecast``, ``adapt``, ``report``, ``experiment``."""
 
 from __future__ import annotations
 
@@ -107,6 +107,26 @@ def _parser() -> argparse.ArgumentParser:
     adapt.add_argument("--device", default="auto")
     _add_bins(adapt)
     adapt.set_defaults(command=_adapt)
+
+    report = commands.add_parser(
+        "report", help="write one HTML page of a saved fit: scores, map, every recording"
+    )
+    report.add_argument("run", help="folder that `metassm fit`, `adapt`, `demo` or Fit.save wrote")
+    report.add_argument("--out", default="report.html", help="file to write (default: report.html)")
+    report.add_argument(
+        "--data",
+        nargs="+",
+        default=(),
+        metavar="FILE",
+        help="the recordings, for scores beside simple predictions (default: the trials that the run wrote)",
+    )
+    report.add_argument("--context", type=int, help="bins given to forecasts (default: as the run)")
+    report.add_argument("--horizon", type=int, help="bins forecast (default: as the run)")
+    report.add_argument("--num-samples", type=int, default=20, help="posterior draws of trials")
+    report.add_argument("--num-draws", type=int, default=20, help="posterior draws of embeddings")
+    report.add_argument("--seed", type=int, default=0)
+    _add_bins(report)
+    report.set_defaults(command=_report)
 
     experiment = commands.add_parser(
         "experiment", help="do a study of simulated or real recordings, or go on with it"
@@ -254,6 +274,13 @@ def _adapt(run: str, new, out: str, **options) -> None:
     seconds = numbers["seconds"]
     beside = f", from scratch in {seconds['scratch']:.0f} s" if "scratch" in seconds else ""
     print(f"adapted in {seconds['adapt']:.0f} s{beside}; results and pictures in {out}/")
+
+
+def _report(run: str, out: str, **options) -> None:
+    from pyro_metassm.experiments import runs
+
+    path = runs.write_page(run, out, bins=_bins(options), **options)
+    print(f"{path}: {path.stat().st_size / 1e6:.1f} MB, for any browser")
 
 
 def _experiment(name: str, out: str | None, small: bool, **options) -> None:

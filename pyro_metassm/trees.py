@@ -127,6 +127,13 @@ def recording_groups(
     return result
 
 
+def part(tree: xr.DataTree, *names: str) -> xr.Dataset:
+    """The Dataset of a node."""
+    for name in names:
+        tree = tree.children[name]
+    return tree.to_dataset()
+
+
 def neuron_ids(recording: Recording) -> np.ndarray:
     """Ids of the neurons: those given, else their positions."""
     return np.arange(recording.num_neurons) if recording.neuron_ids is None else recording.neuron_ids

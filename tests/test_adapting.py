@@ -164,7 +164,7 @@ def test_trials_are_nested_and_never_tested_on(folder):
         return {y.tobytes() for y in some["new_1"].observations}
 
     for fraction, number in ((None, 8), (0.5, 6)):
-        pool, test = adapting._split(recs, 4, fraction, seed=3)
+        pool, test = adapting.split(recs, 4, fraction, seed=3)
         assert len(trials(pool)) == 4 and len(trials(test)) == number
         assert not trials(pool) & trials(test)
         subsets = [trials(pool.take_trials(n, seed=3)) for n in adapting.numbers_of_trials(4)]

@@ -31,6 +31,21 @@ def test_a_hopf_bifurcation_is_where_it_is():
         and found["cycle_stable"].any("cycle").values[has].all()
     )
     assert found["s"].values == pytest.approx(np.linspace(0, 1, 7))
+    # The extrema of a circle at 64 phases, within 1 - cos(pi / 64) of its radius.
+    for side in (-1, 1):
+        ends = found["low" if side < 0 else "high"].values
+        ends = ends[np.isfinite(found["radius"].values)]
+        assert ends == pytest.approx(np.tile(side * np.sqrt(mu[has])[:, None], 2), rel=3e-3)
+
+
+def test_a_real_eigenvalue_that_crosses_alone_is_no_hopf_bifurcation():
+    """Duffing from b = -0.3 to 0.3 (a = -0.3): what is a saddle at b = -0.1 is a focus already at b = 0.1."""
+    fit = fit_of(Duffing, {"x": (-0.3, 0.0)}, initial_sd=2.5)
+    path = [np.array([-0.3, -0.3]), np.array([-0.3, 0.3])]
+    found = pm.analysis.bifurcation(fit, path, num_points=4, with_cycles=False).isel(draw=0)
+    middle = int(np.abs(np.nanmean(found["position"].values[..., 0], 0)).argmin())
+    assert (found["frequency"].values[2, middle] != 0).all()
+    assert np.nanmax(found["crossing_frequency"].values[middle]) == 0
 
 
 def test_a_pitchfork_has_three_branches():

@@ -13,9 +13,9 @@ from scipy import integrate, stats
 from test_linear_gaussian import as_fit
 
 import pyro_metassm as pm
-from pyro_metassm._calibration_plot import binomial_interval
 from pyro_metassm.calibrating import covered, rank, simulated
 from pyro_metassm.guides.exact import GaussianPath
+from pyro_metassm.plots.calibration import binomial_interval
 
 SIGMAS = 5.0
 RARE = 1e-5  # a test that is right fails as often

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional
 
 import pyro_metassm as pm
-from pyro_metassm import _flow_plots
+from pyro_metassm._aligning import displacement
 from pyro_metassm.adaptations import (
     GEPSMLP,
     EmbeddingInputMLP,
@@ -319,7 +319,7 @@ def test_single_sessions_follow_their_names_through_results():
         tables = zip(fit.model.dynamics.weights, fit.model.dynamics.biases, strict=True)
         layers = [(weight[row].detach(), bias[row].detach()) for weight, bias in tables]
         z = torch.as_tensor(states, dtype=fit.dtype)
-        moved = _flow_plots.displacement(fit, name, states)
+        moved = displacement(fit, name, states)
         np.testing.assert_allclose(moved, step(z, layers) - z, rtol=1e-5, atol=1e-6)
     with torch.no_grad():  # no noise, and one row that stands still
         fit.model.process_noise.log_scale.fill_(-30.0)

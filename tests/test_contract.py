@@ -45,6 +45,8 @@ CONTRACT = {
     "prior_predictive": "model, recs, *, num_samples=100, max_gib=4.0, seed=0",
     "adapt": "fit, new, *, num_steps=50, train=('read_in', 'read_out'), num_starts=1024, search_steps=300, "
     "trials_per_step=32, learning_rate=3e-3, likelihood=None, seed=0, num_threads=None, progress=True",
+    "report": "fit, recs=None, *, out, train=None, context=None, horizon=None, title=None, num_samples=20, "
+    "num_draws=20, seed=0, progress=True",
     "metrics.r2": "truth, prediction",
     "metrics.forecast_r2": "fit, recs, *, context, horizon, num_samples=100, seed=0",
     "metrics.reconstruction_r2": "fit, recs, *, num_samples=50, seed=0",
@@ -68,6 +70,11 @@ LIKELIHOODS = (
     "Binomial", "LogNormal", "Gamma", "ZeroInflatedGamma", "Mixed",
 )  # fmt: skip
 MODELS = ("MetaSSM", "LinearGaussian")
+PLOTS = (
+    "AffineMap", "adaptation_curve", "align", "bifurcation", "calibration", "embedding", "fixed_points", "flow",
+    "flow_comparison", "flow_field", "forecast_curve", "history", "interpolation_grid", "limit_cycles",
+    "raster_and_rates", "trace_panels", "traces", "trajectories", "true_flow_field",
+)  # fmt: skip
 ERRORS = {"NonFiniteLossError": RuntimeError, "CheckpointError": OSError}
 
 
@@ -115,6 +122,7 @@ def test_attributes_stay():
     assert [name for name in RECORDING if not hasattr(recording, name)] == []
     assert [name for name in LIKELIHOODS if not hasattr(pm.likelihoods, name)] == []
     assert [name for name in MODELS if not hasattr(pm.models, name)] == []
+    assert [name for name in PLOTS if not callable(getattr(pm.plots, name, None))] == []
     assert pm.io.read and pm.io.write_npz and pm.io.write_netcdf and pm.plots and pm.transitions
 
 

@@ -6,8 +6,10 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import pyro
 import pytest
 import torch
+import xarray as xr
 from scipy.integrate import solve_ivp
 
 import pyro_metassm as pm
@@ -21,7 +23,7 @@ from pyro_metassm.experiments import (
     maps,
     methods,
     oracle,
-    page,
+    scores,
     study,
     systems,
     tables,
@@ -30,6 +32,7 @@ from pyro_metassm.experiments.methods import Method, Sizes, Steps
 from pyro_metassm.experiments.scores import Scoring
 from pyro_metassm.experiments.settings import Settings
 from pyro_metassm.experiments.systems import Bifurcations, LimitCycles
+from pyro_metassm.reporting import html as page
 
 NUMBERS = {"num_train": 5, "num_test": 4, "num_adapt": 3, "num_bins": 24, "num_neurons": (5, 8)}
 TINY = Settings(
@@ -224,6 +227,75 @@ def test_the_ceiling_of_counts_is_of_log_rates():
     assert np.allclose(found, 1.0, atol=1e-6)  # without process noise the true rates are known
 
 
+# ---- flows -----------------------------------------------------------------------------------------------
+
+
+class KnownFlow(pm.models.MetaSSM):
+    """The displacement over a bin of ``x' = v, v' = a v - x (b + c x^2)``, times ``scale``, in latents ``x W + w``."""
+
+    scale = 1.0
+
+    def displacement(self, x: np.ndarray) -> np.ndarray:
+        vector = lambda t, z: [z[1], -0.3 * z[1] - z[0] * (-0.8 + 0.1 * z[0] ** 2)]
+        ends = [solve_ivp(vector, (0, 0.05), point, rtol=1e-10, atol=1e-12).y[:, -1] for point in x]
+        return np.array(ends) - x
+
+    def transition(self, z, dynamics):
+        x = (z.double().numpy().reshape(-1, 2) - FRAME[1]) @ np.linalg.inv(FRAME[0])
+        change = self.scale * self.displacement(x) @ FRAME[0]
+        after = z + torch.as_tensor(change).reshape(z.shape).to(z.dtype)
+        return pyro.distributions.Normal(after, 1.0).to_event(1)
+
+
+FRAME = np.array([[1.5, -0.4], [0.3, 0.8]]), np.array([0.7, -2.0])
+
+
+@pytest.mark.parametrize("scale", [1.0, 2.0, 0.0])
+def test_the_error_of_a_flow_that_is_known(scale, monkeypatch):
+    recs = pm.simulate.duffing([(-0.3, -0.8)], num_trials=3, num_steps=20, num_neurons=4)
+    (name,) = recs.names
+    assert recs.bin_width == 0.05
+    model = KnownFlow(recs, latent_dim=2, embedding_dim=1)
+    fit = pm.fit(model, pm.guides.DKF(model), recs, num_steps=0, warm_start=False, progress=False)
+    fit.model.scale = scale
+    truth = recs.truth[name]["latents"].values
+    latents = (truth @ FRAME[0] + FRAME[1])[None, None]
+    dims = ("trial", "time", "latent_dim")
+    of_posterior = xr.Dataset({"latents": (("chain", "draw", *dims), latents)})
+    of_posterior["time"] = 0.05 * np.arange(20)
+    constant = xr.Dataset({"true_latents": ((*dims[:2], "truth_dim"), truth)})
+    tree = xr.DataTree.from_dict({f"{name}/posterior": of_posterior, f"{name}/constant_data": constant})
+    monkeypatch.setattr(scores, "posterior", lambda *given, **options: tree)
+    flow_r2, alignment_r2 = scores.flow_scores(fit, recs, seed=0)
+    made = {"rows": [{"recording": name, "flow_r2": flow_r2, "alignment_r2": alignment_r2}]}
+    (row,) = tables.flow_errors({("m", 0): {"fit": made}})
+    true = model.displacement(truth.reshape(-1, 2))
+    # Each displacement is as many times too long, or short, as the scale says; in float32.
+    expected = (scale - 1) ** 2 * np.square(true).sum() / np.square(true - true.mean(0)).sum()
+    assert row["flow_error"] == pytest.approx(expected, rel=1e-4, abs=1e-7)
+    assert row["alignment_r2"] == pytest.approx(1.0) and row["n_s"] is None
+
+
+def test_summaries_of_flow_errors():
+    rows = [
+        {"method": "m", "n_s": n, "seed": 0, "recording": name, "flow_error": error, "alignment_r2": 0.9}
+        for n, name, error in (
+            (None, "a", 0.1),
+            (None, "b", 0.3),
+            (4, "c", 0.2),
+            (4, "c", 0.4),
+            (4, "d", np.inf),
+        )
+    ]
+    known, few = tables.flow_summary(rows)
+    assert known["mean"] == pytest.approx(0.2) and known["worst"] == pytest.approx(0.3)
+    assert few["mean"] == pytest.approx((0.3 + 2.0) / 2) and few["worst"] == 2.0
+    assert few["sem"] == pytest.approx(np.std([0.3, 2.0], ddof=1) / np.sqrt(2))
+    assert (known["alignment_r2"], few["num"]) == (pytest.approx(0.9), 2)
+    (line,) = tables.flows_by_method([known, few], {"m": Method("ours")})
+    assert line == {"method": "ours", "trained on": "0.200 ± 0.100", "n_s = 4": "1.150 ± 0.850"}
+
+
 # ---- the embedding as a map ------------------------------------------------------------------------------
 
 
@@ -369,6 +441,27 @@ def test_the_table_is_that_of_the_forecasts(done):
         (row["rollout_error"] is None) == (row["method"] in ("single", "shared-plain")) for row in adaptations
     )
     assert all(row["flow_r2"] <= 1 and row["alignment_r2"] <= 1 for row in adaptations)
+
+
+def test_flow_errors_are_of_every_fit_and_adaptation(done):
+    rows = tables.read(done / "flow_error.csv")
+    trained = [row for row in rows if row["n_s"] is None]
+    assert {row["method"] for row in trained} == set(NAMES) - {"single"} and len(trained) == 3 * 6
+    adapted = {(r["method"], r["n_s"], r["draw"], r["recording"]): r for r in rows if r["n_s"] is not None}
+    given = tables.read(done / "adaptation.csv")
+    assert len(adapted) == len(given) == len(NAMES) * 3 * (2 + 1)
+    for row in given:
+        error = adapted[row["method"], row["n_s"], row["draw"], row["recording"]]["flow_error"]
+        assert error == pytest.approx(1 - row["flow_r2"])
+    # The saved fit gives what was written when it was made.
+    _, test = TINY.family.training(seed=0)
+    one = test.select(["hopf mu=0.5"]).crop(0, 14)
+    flow_r2, _ = scores.flow_scores(study.trained(done, "meta", 0), one, seed=0)
+    (row,) = (r for r in trained if (r["method"], r["recording"]) == ("meta", "hopf mu=0.5"))
+    assert row["flow_error"] == pytest.approx(1 - flow_r2, rel=1e-4)
+    text = (done / "index.html").read_text(encoding="utf-8")
+    for row in json.loads((done / "metrics.json").read_text())["flow_error"]:
+        assert row["mean"] <= 2.0 and f"<td>{tables.plus_minus(row)}</td>" in text
 
 
 def test_the_page_says_what_the_tables_say(done):

@@ -25,9 +25,9 @@ LAYERS: tuple[set[str], ...] = (
         "resuming", "rollouts", "saving", "teaching", "trainer", "training", "trees", "warm_start", "windows",
     },
     {
-        "_by_recording", "_calibration_plot", "_decoding", "_draw_scores", "_embedding_plot", "_flow_plots",
+        "_aligning", "_by_recording", "_decoding", "_draw_scores",
         "_forecast_scores", "_mean_rates", "_scored_neurons", "_scores", "analysis", "baselines", "calibrating",
-        "comparing", "drifting", "leaving_future_out", "metrics", "plots", "restarts", "suggesting",
+        "comparing", "drifting", "leaving_future_out", "metrics", "plots", "reporting", "restarts", "suggesting",
     },
     {"__main__", "cli", "experiments"},
 )  # fmt: skip

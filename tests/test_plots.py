@@ -1,7 +1,5 @@
 """Pictures by what is in them: the numbers drawn, labels and limits; fields against closed forms."""
 
-import doctest
-
 import matplotlib.pyplot as plt
 import numpy as np
 import pytest
@@ -13,7 +11,9 @@ from matplotlib.colors import to_rgb
 from matplotlib.patches import Ellipse
 
 import pyro_metassm as pm
-from pyro_metassm import _embedding_plot, _flow_plots, plots
+from pyro_metassm import plots
+from pyro_metassm._aligning import displacement
+from pyro_metassm.plots import _fields
 
 QUICK = {"num_steps": 6, "warm_start": False, "progress": False}
 CONTEXT, HORIZON = 7, 9
@@ -320,15 +320,15 @@ def test_a_learned_field_is_the_displacement_of_the_dynamics(linear, recs, field
     expected = (others @ MATRIX.T + SHIFT - others) / recs.bin_width
     np.testing.assert_allclose(per_second, np.ma.array(expected, mask=per_second.mask), atol=1e-4)
     assert ax.get_xlim() == (-2, 2) and (ax.get_xlabel(), ax.get_ylabel()) == ("latent 1", "latent 2")
-    assert ax.figure.axes[1].get_ylabel() == "speed (per bin)"
+    assert ax.child_axes[0].get_ylabel() == "speed (per bin)"
 
 
 def test_displacements_are_those_of_the_recordings_own_embedding(fit):
     moved = pm.Fit(fit.model, fit.guide, fit.history, fit.statistics + torch.tensor([[0.0, 0.0], [3.0, 0.0]]))
     states = np.random.default_rng(0).normal(size=(4, 5, 2))
-    first, second = (_flow_plots.displacement(moved, name, states) for name in moved.names)
+    first, second = (displacement(moved, name, states) for name in moved.names)
     assert first.shape == states.shape and np.abs(first - second).max() > 1e-4
-    np.testing.assert_array_equal(first, _flow_plots.displacement(fit, "w=2.5", states))
+    np.testing.assert_array_equal(first, displacement(fit, "w=2.5", states))
     e = moved.statistics[1, :1].view(1, 1, 1)
     with torch.no_grad():
         z = torch.tensor(states, dtype=torch.float32).view(1, 1, -1, 2)
@@ -399,7 +399,7 @@ def test_fields_are_drawn_only_where_there_are_data(fields):
     ((points, field, _),) = fields
     mask = np.ma.getmaskarray(field)[..., 0]
     distance = np.linalg.norm(points[:, :, None] - half["latents"].values.reshape(-1, 2), axis=-1).min(-1)
-    cell = 4.0 / (_flow_plots.GRID - 1)
+    cell = 4.0 / (_fields.GRID - 1)
     assert (mask == (distance >= 2 * cell)).all() and mask[points[..., 0] < 0].all() and not mask.all()
     with pytest.raises(ValueError, match="system"):
         plots.true_flow_field(xr.Dataset({"latents": truth["latents"]}))
@@ -437,7 +437,7 @@ def test_a_plane_of_more_latents(recs, fields):
     assert (ax.get_xlabel(), ax.get_ylabel()) == ("latent 3", "latent 1")
     middle = tree["w=2.5"]["posterior"]["latents"].mean(("chain", "draw", "trial", "time")).values[1]
     states = np.stack([points[..., 1], np.full(points.shape[:2], middle), points[..., 0]], -1)
-    expected = _flow_plots.displacement(fit, "w=2.5", states)[..., [2, 0]] / recs.bin_width
+    expected = displacement(fit, "w=2.5", states)[..., [2, 0]] / recs.bin_width
     np.testing.assert_allclose(field, np.ma.array(expected, mask=field.mask), rtol=1e-3, atol=1e-3)
     one = fit_for(recs, latent_dim=1)
     for wrong, message in (
@@ -507,8 +507,3 @@ def test_every_function_draws_into_the_axes_given(fit, tree, recs):
         ax, number = plt.subplots()[1], len(plt.get_fignums())
         assert draw(ax) is ax and ax.has_data() and len(plt.get_fignums()) == number
         ax.figure.canvas.draw()  # warnings, which are errors here, may come as late as this
-
-
-@pytest.mark.parametrize("module", [plots, _embedding_plot, _flow_plots])
-def test_examples(module):
-    assert doctest.testmod(module, extraglobs={"np": np, "xr": xr}).failed == 0

@@ -49,9 +49,10 @@ def bifurcation(
         along: waypoints, two or more, each a recording's name or an embedding ``(embedding_dim,)``; or the number of a
             principal axis of the recordings' embeddings, along which the path goes through 0 as far as they lie. Of a
             path of embeddings alone all draws are the same, but for global sites.
-        num_points: of the path. with_cycles: look for cycles, too. recs: data that say which states are visited: all
-        of them; without them the model's own paths at the ends and in
-            the middle of the path, as for :func:`flow_field`.
+        num_points: of the path.
+        with_cycles: look for cycles, too.
+        recs: data that say which states are visited: all of them; without them the model's own paths at the ends and
+            in the middle of the path, as for :func:`flow_field`.
         num_draws: of the embeddings at the waypoints; 0 for their means alone.
         seed: of the draws and the starts.
 
@@ -61,8 +62,9 @@ def bifurcation(
         ``stable``, as of :func:`fixed_points`; ``crossing (draw, branch, crossing)``, the ``s`` where the number of
         unstable eigenvalues of a branch changes, linear between points, and ``crossing_frequency`` (Hz), which is 0
         unless it is a Hopf bifurcation; ``count (draw, point)`` of all fixed points, those on no branch, too; over
-        ``cycle``: ``period`` (s), ``radius``, ``cycle_growth_rate`` (1/s, of the slowest multiplier),
-        ``cycle_stable``; ``embedding (draw, point, embedding_dim)``. NaN (-1, False) where there is none.
+        ``cycle``: ``period`` (s), ``radius``, the extrema ``low`` and ``high (latent_dim)``, ``cycle_growth_rate``
+        (1/s, of the slowest multiplier), ``cycle_stable``; ``embedding (draw, point, embedding_dim)``. NaN (-1, False)
+        where there is none.
 
     Raises:
         ValueError: fewer than two waypoints, a principal axis that there is not, and as :func:`flow_field`.
@@ -198,6 +200,7 @@ def _cycles(source: Source, places: Sequence[Place], region: Region, seed: int) 
     known = _nearest_known([f.place for f in middle], branches, number)
     shape = source.num_draws, len(places), number
     period, radius, growth = (np.full(shape, np.nan) for _ in range(3))
+    low, high = (np.full((*shape, source.latent_dim), np.nan) for _ in range(2))
     for k, place in enumerate(places):
         near = [middle[j].path[:, 0] for j in (k, k - 1, k + 1) if 0 <= j < len(places)]
         if not any(len(x) for x in near):
@@ -210,6 +213,8 @@ def _cycles(source: Source, places: Sequence[Place], region: Region, seed: int) 
                     continue
                 period[draw, k, branch] = of_draw.bins[here] * source.bin_width
                 radius[draw, k, branch] = of_draw.place[here, -1]
+                low[draw, k, branch] = of_draw.path[here].min(0)
+                high[draw, k, branch] = of_draw.path[here].max(0)
                 slowest = np.log(np.maximum(np.abs(of_draw.multipliers[here]).max(), 1e-300))
                 growth[draw, k, branch] = slowest / period[draw, k, branch]
     each = ("draw", "point", "cycle")
@@ -217,6 +222,8 @@ def _cycles(source: Source, places: Sequence[Place], region: Region, seed: int) 
         {
             "period": (each, period, {"units": "s"}),
             "radius": (each, radius),
+            "low": ((*each, "latent_dim"), low),
+            "high": ((*each, "latent_dim"), high),
             "cycle_growth_rate": (each, growth, {"units": "1/s"}),
             "cycle_stable": (each, growth < 0),
         }
@@ -258,9 +265,10 @@ def _crossings(s: np.ndarray, growth: np.ndarray, frequency: np.ndarray, unstabl
         order = min(unstable[draw, k, branch], unstable[draw, k + 1, branch])  # the first that crosses
         low, high = growth[draw, k, branch, order], growth[draw, k + 1, branch, order]
         share = low / (low - high) if low != high else 0.5
-        turning = (1 - share) * frequency[draw, k, branch, order] + share * frequency[
-            draw, k + 1, branch, order
-        ]
+        # A pair crosses in a Hopf bifurcation; one that crosses alone is real there, whatever it is nearby.
+        pair = abs(unstable[draw, k + 1, branch] - unstable[draw, k, branch]) > 1
+        of_both = frequency[draw, k : k + 2, branch, order]
+        turning = (1 - share) * of_both[0] + share * of_both[1] if pair else 0.0
         place = s[k] + share * (s[k + 1] - s[k])
         found.setdefault((draw, branch), []).append((float(place), float(turning)))
     most = max(map(len, found.values()), default=0)

@@ -84,7 +84,7 @@ def run(
         recs.summary()  # warns of what will hurt
         for recording in recs.values():
             known.model.observation.check(recording)  # the test trials as well
-        pool, test = _split(recs, num_trials, test_fraction, seed)
+        pool, test = split(recs, num_trials, test_fraction, seed)
         context, horizon = _window(test, context, horizon)
     family = type(known.model.observation)
     scored: dict[str, Any] = {
@@ -125,6 +125,7 @@ def run(
         "embedding_prior": {"mean": prior.mean.tolist(), "sd": prior.stddev.tolist()},
         "trials": {name: {"adapt": num_trials, "test": r.num_trials} for name, r in test.items()},
         "likelihood": family.__name__,
+        "test_fraction": test_fraction,
         **scored,
     }
     numbers["fits"] = {name: adapting_report.fits(numbers, name) for name in recs}
@@ -164,7 +165,7 @@ def _all_counts(known: Fit, recs: Recordings) -> bool:
     return all(counted(model, name).all() for name in recs)
 
 
-def _split(recs: Recordings, num_trials: int, test_fraction: float | None, seed: int):
+def split(recs: Recordings, num_trials: int, test_fraction: float | None, seed: int):
     """The trials to adapt from, ``num_trials`` of each recording, and those to score on."""
     pools, tests = [], []
     for name, recording in recs.items():

@@ -156,7 +156,7 @@ def draw(numbers: dict, tree: xr.DataTree, ahead: xr.DataTree, out: Path) -> Non
 
 
 def _style(row: int) -> dict:
-    from pyro_metassm._embedding_plot import MARKERS, PALETTE
+    from pyro_metassm.plots._style import MARKERS, PALETTE
 
     return {"color": PALETTE[row % len(PALETTE)], "marker": MARKERS[row % len(MARKERS)], "markersize": 5}
 

@@ -12,13 +12,14 @@ from typing import Any
 
 import numpy as np
 
-from pyro_metassm.experiments import maps, methods, page, report, study, tables
+from pyro_metassm.experiments import maps, methods, report, study, tables
 from pyro_metassm.experiments.methods import Method, Steps
 from pyro_metassm.experiments.scores import Scoring
 from pyro_metassm.experiments.settings import Settings
 from pyro_metassm.experiments.study import Results
 from pyro_metassm.experiments.systems import Bifurcations
 from pyro_metassm.experiments.tables import Row
+from pyro_metassm.reporting import html as page
 
 FULL = Settings()
 SMALL = Settings(
@@ -89,13 +90,14 @@ def run(
     out = report.folder(out)
     results = study.run(settings, chosen, seeds, out, controlled=[CONTROLLED], workers=workers, say=say)
     forecasts, adaptations = tables.forecasts(results), tables.adaptations(results)
-    table = tables.summary(adaptations)
+    table, flows = tables.summary(adaptations), tables.flow_errors(results)
     mapped, controls = map_rows(results, settings), control_rows(results, settings)
     written = {
         "table1.csv": table,
         "forecast.csv": forecasts,
         "training.csv": tables.trained(results),
         "adaptation.csv": adaptations,
+        "flow_error.csv": flows,
         "embedding.csv": tables.embeddings(results),
         "map.csv": mapped,
         "control.csv": controls,
@@ -111,6 +113,7 @@ def run(
         "training": tables.summary(
             [r for r in tables.trained(results) if r["k"] == settings.scoring.k], ["method"]
         ),
+        "flow_error": tables.flow_summary(flows),
         "map": mapped,
         "verdicts": verdicts(controls),
         "seconds": tables.seconds_by_method(results),
@@ -260,6 +263,14 @@ def _parts(
         "Mean and standard error over held-out recordings and seeds, by the number n_s of trials adapted with. The "
         "ceiling is a forecast from the true state with the true dynamics, against the same noisy observations. Scores "
         f"below {tables.FLOOR:g} count as {tables.FLOOR:g}."
+    )
+    yield page.heading("Flow-field error")
+    yield page.table(tables.flows_by_method(numbers["flow_error"], chosen))
+    yield page.paragraph(
+        "Mean squared difference of the learned displacements in a bin from the true ones, at true states of test "
+        "trials, over the variance of the true ones; latents mapped to the truth by the best affine map. Mean and "
+        "standard error over recordings and seeds; 0 is the truth, 1 no flow at all, and errors above "
+        f"{1 - tables.FLOOR:g} count as {1 - tables.FLOOR:g}."
     )
     yield from (pages[name] for name in ("table1.png", "flow.png", "forecast.png") if name in pages)
     if numbers["map"]:

@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from pyro_metassm import plots
-from pyro_metassm.experiments import page, pooling, pooling_report, recorded, report, study, tables
+from pyro_metassm.experiments import pooling, pooling_report, recorded, report, study, tables
 from pyro_metassm.experiments.pooling import Plan, Setting
 from pyro_metassm.experiments.settings import claim
 from pyro_metassm.posterior import posterior
 from pyro_metassm.recordings import Recordings
+from pyro_metassm.reporting import html as page
 
 TITLE = "Decisions: many mice and days pooled, unseen days adapted to"
 FILES = ("steinmetz_*.npz",)

@@ -17,6 +17,7 @@ from pyro_metassm.models import MetaSSM
 from pyro_metassm.observations import counted
 from pyro_metassm.posterior import forecast, posterior
 from pyro_metassm.recordings import Recordings
+from pyro_metassm.reporting.scoring import simple_forecasts
 from pyro_metassm.result import Fit
 from pyro_metassm.training import fit
 
@@ -111,9 +112,13 @@ def run(
         numbers = scores(
             result, train, test, context=context, horizon=horizon, num_samples=num_samples, seed=seed
         )
+        numbers["simple_forecasts"] = simple_forecasts(
+            result, train, test, context=context, horizon=horizon, steps=_steps(horizon)
+        )
     numbers |= {
         "elbo": float(result.history["elbo"][-20:].mean()),
         "seed": seed,
+        "test_fraction": test_fraction,
         "context": context,
         "horizon": horizon,
     }
@@ -158,7 +163,7 @@ def scores(
     """
     draws: dict[str, Any] = {"num_samples": num_samples, "seed": seed}
     curve = metrics.forecast_r2(result, test, context=context, horizon=horizon, **draws)
-    steps = sorted({k for k in (1, 2, 5, 10, 20, 30, 50) if k < horizon} | {horizon})
+    steps = _steps(horizon)
     numbers: dict = {
         "reconstruction_r2": report.by_recording(metrics.reconstruction_r2(result, test, **draws)),
         "forecast_r2": {str(k): report.by_recording(curve.sel(horizon_step=k)) for k in steps},
@@ -184,6 +189,11 @@ def scores(
         )
         numbers["velocity_r2"] = report.by_recording(velocity)
     return numbers
+
+
+def _steps(horizon: int) -> list[int]:
+    """The steps ahead that are written."""
+    return sorted({k for k in (1, 2, 5, 10, 20, 30, 50) if k < horizon} | {horizon})
 
 
 def _pictures(result, tree, ahead, names, context: int, out: Path) -> None:

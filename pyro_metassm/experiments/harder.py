@@ -7,13 +7,14 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from pyro_metassm.experiments import bifurcations, page, report, study, tables
+from pyro_metassm.experiments import bifurcations, report, study, tables
 from pyro_metassm.experiments.chaos import Lorenz
 from pyro_metassm.experiments.methods import METHODS, Method, Sizes
 from pyro_metassm.experiments.scores import Scoring
 from pyro_metassm.experiments.settings import Settings
 from pyro_metassm.experiments.systems import Family
 from pyro_metassm.experiments.tables import Row
+from pyro_metassm.reporting import html as page
 
 TITLE = "Harder variants, and what each part of the recipe is worth"
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from pyro_metassm.experiments import methods, page, report, study, tables
+from pyro_metassm.experiments import methods, report, study, tables
 from pyro_metassm.experiments.bifurcations import spread_out
 from pyro_metassm.experiments.methods import Method, Sizes, Steps
 from pyro_metassm.experiments.scores import Scoring
@@ -20,6 +20,7 @@ from pyro_metassm.experiments.settings import Settings
 from pyro_metassm.experiments.study import Results
 from pyro_metassm.experiments.systems import LimitCycles
 from pyro_metassm.experiments.tables import Row
+from pyro_metassm.reporting import html as page
 
 STEPS = (1, 10, 30, 50)  # bins ahead in the table
 SHOWN = 3  # recordings in the pictures of flows

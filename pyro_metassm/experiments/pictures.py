@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from pyro_metassm import plots
-from pyro_metassm._embedding_plot import PALETTE
 from pyro_metassm.experiments.maps import PARAMETERS
 from pyro_metassm.experiments.methods import METHODS, Method
 from pyro_metassm.experiments.systems import renamed, tag
 from pyro_metassm.experiments.tables import Row
+from pyro_metassm.plots._style import PALETTE
 from pyro_metassm.posterior import posterior
 from pyro_metassm.recordings import Recordings
 from pyro_metassm.result import Fit

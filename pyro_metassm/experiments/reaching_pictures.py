@@ -10,11 +10,11 @@ import torch
 
 from pyro_metassm import _machine as machine
 from pyro_metassm import metrics, plots
-from pyro_metassm._embedding_plot import PALETTE
 from pyro_metassm.draws import observation, posterior_chunks
 from pyro_metassm.experiments import pooling, report
 from pyro_metassm.experiments.pooling import Plan, Setting
 from pyro_metassm.experiments.recorded import conditions
+from pyro_metassm.plots._style import PALETTE
 from pyro_metassm.posterior import posterior
 from pyro_metassm.recordings import Recordings
 from pyro_metassm.result import Fit

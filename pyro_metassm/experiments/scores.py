@@ -8,11 +8,12 @@ from typing import Any
 import numpy as np
 
 from pyro_metassm import metrics
-from pyro_metassm._flow_plots import align, displacement, part
+from pyro_metassm._aligning import align, displacement
 from pyro_metassm.experiments import oracle
 from pyro_metassm.posterior import forecast, posterior
 from pyro_metassm.recordings import Recordings
 from pyro_metassm.result import Fit
+from pyro_metassm.trees import part
 
 FLOW_TRIALS, FLOW_DRAWS = 16, 10  # of the test trials that the flow is compared on
 

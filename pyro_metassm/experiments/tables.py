@@ -12,6 +12,7 @@ import numpy as np
 
 from pyro_metassm.experiments.methods import Method
 from pyro_metassm.experiments.study import Results
+from pyro_metassm.reporting.html import cell
 
 FLOOR = -1.0  # a score below counts as this in means: one that explodes would decide them alone
 CEILING = "ceiling"
@@ -87,20 +88,37 @@ def trained(results: Results) -> list[Row]:
     ]
 
 
+def flow_errors(results: Results) -> list[Row]:
+    """How far learned flows are from the true ones: of recordings trained on (``n_s`` and ``draw`` empty), and adapted.
+
+    ``flow_error`` is the mean squared difference of the displacements in a bin, over their variance in the truth:
+    ``1 - flow_r2`` of :func:`pyro_metassm.experiments.scores.flow_scores`, at true states of test trials and in the
+    truth's coordinates. By the variance, as all scores of the study: no flow at all and the best constant one score 1.
+    ``alignment_r2`` says how well the two systems of coordinates agree.
+    """
+    return [
+        of | {"flow_error": 1 - row["flow_r2"], "alignment_r2": row["alignment_r2"]}
+        for of, row in (*_of_fits(results), *pieces(results))
+    ]
+
+
 def embeddings(results: Results) -> list[Row]:
     """Embeddings of the recordings trained on (``n_s`` and ``draw`` empty) and of the adapted ones."""
-    rows = [
-        ({"seed": seed, "method": name, "recording": row["recording"], "draw": None, "n_s": None}, row)
-        for (name, seed), made in results.items()
-        for row in made.get("fit", {"rows": []})["rows"]
-    ]
     return [
         of
         | {f"e_{d + 1}": value for d, value in enumerate(row["embedding"])}
         | {f"sd_{d + 1}": value for d, value in enumerate(row["embedding_sd"])}
-        for of, row in (*rows, *pieces(results))
+        for of, row in (*_of_fits(results), *pieces(results))
         if row["embedding"] is not None
     ]
+
+
+def _of_fits(results: Results) -> Iterable[tuple[Row, Row]]:
+    """Every row of the recordings trained on, as :func:`pieces`: without a draw, and without ``n_s``."""
+    for (name, seed), made in results.items():
+        for row in made.get("fit", {"rows": []})["rows"]:
+            of = {"seed": seed, "method": name, "recording": row["recording"], "draw": None}
+            yield of | {"n_s": None}, row
 
 
 def seconds(results: Results) -> list[Row]:
@@ -136,6 +154,32 @@ def summary(rows: Iterable[Row], by: Sequence[str] = ("method", "n_s")) -> list[
     return found
 
 
+def flow_summary(rows: Iterable[Row]) -> list[Row]:
+    """:func:`summary` of ``flow_error``; an error above ``1 - FLOOR`` counts as that, ``worst`` is the largest.
+
+    The mean ``alignment_r2`` stands beside it.
+    """
+    shares = [row | {"r2": 1 - row["flow_error"], "ceiling": row["alignment_r2"]} for row in rows]
+    return [
+        row
+        | {key: 1 - row[key] for key in ("mean", "median", "worst")}
+        | {"alignment_r2": row.pop("ceiling")}
+        for row in summary(shares)
+    ]
+
+
+def flows_by_method(table: Sequence[Row], chosen: Mapping[str, Method]) -> list[Row]:
+    """A summary of flow errors as it is read: rows of methods, columns of recordings trained on and of each ``n_s``."""
+    cells = {(row["method"], row["n_s"]): row for row in table}
+    shots = sorted({n for _, n in cells if n is not None})
+    titles = {None: "trained on"} | {n: f"n_s = {n}" for n in shots}
+    return [
+        {"method": method.label}
+        | {title: plus_minus(cells[name, n]) if (name, n) in cells else "" for n, title in titles.items()}
+        for name, method in chosen.items()
+    ]
+
+
 def by_method(table: Sequence[Row], chosen: Mapping[str, Method]) -> list[Row]:
     """A summary as it is read: a row for each method, a column ``"mean +- sem"`` for each ``n_s``; the ceiling last."""
     shots = sorted({row["n_s"] for row in table})
@@ -163,13 +207,6 @@ def text(rows: Sequence[Row]) -> str:
     return "\n".join(
         "  ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)).rstrip() for line in lines
     )
-
-
-def cell(value: Any) -> str:
-    """A value as people read it."""
-    if value is None:
-        return ""
-    return f"{value:.3f}" if isinstance(value, float) else str(value)
 
 
 def means(rows: Iterable[Row], by: Sequence[str], of: Sequence[str]) -> list[Row]:

@@ -1,4 +1,4 @@
-"""The picture of a calibration: histograms of ranks, and coverage (public in `pyro_metassm.plots`)."""
+"""The picture of a calibration: histograms of ranks, and coverage."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import xarray as xr
 
-from pyro_metassm._embedding_plot import MARKERS, PALETTE
+from pyro_metassm.plots._style import MARKERS, PALETTE
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

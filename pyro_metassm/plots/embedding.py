@@ -1,28 +1,29 @@
-"""The picture of the recordings' embeddings (public in `pyro_metassm.plots`)."""
+"""The picture of the recordings' embeddings."""
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import xarray as xr
 
-from pyro_metassm._flow_plots import new_axes, part
+from pyro_metassm import _checks as checks
+from pyro_metassm.plots import _given as given
+from pyro_metassm.plots._style import BLUE, INTERVAL, MARKERS, PALETTE, ellipse, new_axes
+from pyro_metassm.trees import part
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-BLUE = "#0072B2"
-PALETTE = (BLUE, "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")  # of Okabe and Ito
-MARKERS = "osD^vP*"
-INTERVAL = (0.05, 0.95)
 NEAR = (0.13, 0.05)  # of the axes: points as near as this share a label
 FEW = 16  # labels that are written in the ordinary size
+LETTER = {"small": 8.3, "xx-small": 5.8}  # points: their heights, at the usual size of fonts
 
 
 def embedding(
-    tree: xr.DataTree,
+    tree: xr.DataTree | xr.Dataset,
     ax: Axes | Sequence[Axes] | None = None,
     against: Mapping[str, float] | Any = None,
     color: Mapping[str, Any] | Any = None,
@@ -36,10 +37,11 @@ def embedding(
     recording (one embedding dim), or the first two dims with ellipses that hold 90 %.
 
     Args:
-        tree: of :func:`pyro_metassm.posterior` or :func:`pyro_metassm.forecast`.
+        tree: of :func:`pyro_metassm.posterior` or :func:`pyro_metassm.forecast`; or a Dataset of
+            :func:`pyro_metassm.analysis.embedding_map`.
         ax: where to draw; with ``against`` and several embedding dims, as many axes.
-        against: a value of every recording: a mapping by name, a DataArray over `recording`, or in the tree's
-            order.
+        against: a value of every recording: a mapping by name, a DataArray over `recording`, in the tree's
+            order, or the name of a coordinate that the embeddings have, such as ``"subject"``.
         color: likewise, numbers (a colour bar) or categories (a legend).
         labels: write the recordings' names beside the points.
         label: of the axis of ``against``, or of the colour bar without it; default a DataArray's name.
@@ -48,7 +50,7 @@ def embedding(
         the axes, or an array of them.
 
     Raises:
-        ValueError: values that lack a recording, too few axes.
+        ValueError: values that lack a recording, a coordinate that there is not, too few axes.
 
     Example:
         >>> draws = np.random.default_rng(0).normal([[-1.0], [1.0]], 0.1, (1, 50, 2, 1))
@@ -58,8 +60,8 @@ def embedding(
         >>> embedding(tree, against={"slow": 2.5, "fast": 5.0}, label="speed (rad/s)").get_xlabel()
         'speed (rad/s)'
     """
-    e = part(tree, "posterior")["embedding"].stack(sample=("chain", "draw"))
-    e = e.transpose("recording", "embedding_dim", "sample")
+    e = _draws(tree)
+    against, color = _coordinate(e, against, "against"), _coordinate(e, color, "color")
     names, draws = [str(name) for name in e["recording"].values], e.values
     size, means = draws.shape[1], draws.mean(2)
     styles, legend = _colors(color, names, label if against is None else None)
@@ -87,7 +89,8 @@ def embedding(
         ax.set_axisbelow(True)
     else:
         for row, style in enumerate(styles):
-            _ellipse(ax, draws[row, :2], style)
+            ellipse(ax, draws[row, :2], style["color"])
+            ax.plot(*means[row, :2, None], linestyle="", markersize=5, **style)
         ax.set_ylabel(_dim_label(1, size))
         ax.margins(0.1)
         if labels:
@@ -97,6 +100,33 @@ def embedding(
 
 
 # ---- parts -----------------------------------------------------------------------------------------------
+
+
+def _draws(tree: Any) -> xr.DataArray:
+    """Draws of the embeddings, ``(recording, embedding_dim, sample)``."""
+    if isinstance(tree, xr.Dataset):
+        given.dataset("embedding", tree, ("embedding",), "pm.analysis.embedding_map")
+        e = tree["embedding"].rename(draw="sample")
+    elif "posterior" in getattr(tree, "children", {}) and "embedding" in tree["posterior"].data_vars:
+        e = part(tree, "posterior")["embedding"].stack(sample=("chain", "draw"))
+    else:
+        raise ValueError(
+            "embedding: needed a tree with posterior/embedding, such as of pm.posterior, got none"
+        )
+    return e.transpose("recording", "embedding_dim", "sample")
+
+
+def _coordinate(e: xr.DataArray, values: Any, what: str) -> Any:
+    """The coordinate of a name, as values of the recordings; anything else as it is."""
+    if not isinstance(values, str):
+        return values
+    known = [str(name) for name, of in e.coords.items() if of.dims == ("recording",) and name != "recording"]
+    if values not in known:
+        raise ValueError(
+            f"embedding: needed {what} as one of the coordinates {checks.some(known) or '(there is none)'} of the "
+            f"embeddings, or as values, got {values!r}"
+        )
+    return e[values].reset_coords(drop=True)
 
 
 def _of_recordings(values: Any, names: Sequence[str], what: str) -> list:
@@ -151,23 +181,17 @@ def _interval(ax: Axes, at: float, draws: np.ndarray, style: dict, vertical: boo
     ax.errorbar(**where, linestyle="", markersize=5, capsize=2, linewidth=1.2, **style)
 
 
-def _ellipse(ax: Axes, draws: np.ndarray, style: dict) -> None:
-    from matplotlib.patches import Ellipse
-
-    center = draws.mean(1)
-    values, vectors = np.linalg.eigh(np.cov(draws) if draws.shape[1] > 1 else np.zeros((2, 2)))
-    # A normal plane holds 90 % within sqrt(-2 ln 0.1) standard deviations.
-    width, height = 2 * np.sqrt(-2 * np.log(0.1) * values.clip(min=0))
-    angle = np.degrees(np.arctan2(vectors[1, 0], vectors[0, 0]))
-    ax.add_patch(Ellipse(tuple(center), width, height, angle=angle, facecolor=style["color"], alpha=0.25))
-    ax.plot(*center[:, None], linestyle="", markersize=5, **style)
-
-
 def _write_names(ax: Axes, names: Sequence[str], points: np.ndarray) -> None:
-    """Names beside points ``(recording, 2)``, towards the middle; points that coincide share a label."""
-    low, high = ax.get_xlim()[0], ax.get_xlim()[1]
-    bottom, top = ax.get_ylim()
-    place = (points - [low, bottom]) / [high - low, top - bottom]
+    """Names beside points ``(recording, 2)``, where they cover no other; points that coincide share a label."""
+    box = ax.get_window_extent()
+    low, high = np.array([ax.get_xlim(), ax.get_ylim()]).T
+    place = (points - low) / (high - low)
+    pixels, dot = place * [box.width, box.height], ax.figure.dpi / 72
+    size = "small" if len(names) <= FEW else "xx-small"
+    letter = dot * LETTER[size]
+    taken: list[tuple[float, ...]] = [
+        (x - 3 * dot, y - 3 * dot, x + 3 * dot, y + 3 * dot) for x, y in pixels.tolist()
+    ]
     left = list(range(len(names)))
     while left:
         first = left[0]
@@ -176,15 +200,26 @@ def _write_names(ax: Axes, names: Sequence[str], points: np.ndarray) -> None:
         text = ", ".join(names[row] for row in group[:3]) + (
             f" and {len(group) - 3} more" if len(group) > 3 else ""
         )
-        right = place[first, 0] > 0.5
-        ax.annotate(
-            text,
-            tuple(points[group].mean(0)),
-            xytext=(-6 if right else 6, 5),
-            textcoords="offset points",
-            ha="right" if right else "left",
-            fontsize="small" if len(names) <= FEW else "xx-small",
-        )
+        wide, tall = 0.6 * letter * len(text), 1.2 * letter
+        at = pixels[group].mean(0)
+        towards = -1 if place[first, 0] > 0.5 else 1  # the middle
+        tried: list[tuple[float, int, int, int, tuple[float, ...]]] = []
+        for up, side in itertools.product((5, -11, 15, -21, 25), (towards, -towards)):
+            x, y = at[0] + 6 * dot * side - (wide if side < 0 else 0.0), at[1] + up * dot
+            lost = sum(_overlap((x, y, x + wide, y + tall), other) for other in taken)
+            lost += wide * tall - _overlap((x, y, x + wide, y + tall), (0.0, 0.0, box.width, box.height))
+            tried.append((round(lost, 3), len(tried), up, side, (x, y, x + wide, y + tall)))
+        _, _, up, side, rectangle = min(tried)
+        taken.append(rectangle)
+        style: dict[str, Any] = {"textcoords": "offset points", "fontsize": size}
+        ha = "right" if side < 0 else "left"
+        ax.annotate(text, tuple(points[group].mean(0)), xytext=(6 * side, up), ha=ha, **style)
+
+
+def _overlap(one: tuple[float, ...], other: tuple[float, ...]) -> float:
+    """The common area of two rectangles (left, bottom, right, top)."""
+    wide, tall = (max(min(one[k + 2], other[k + 2]) - max(one[k], other[k]), 0.0) for k in (0, 1))
+    return wide * tall
 
 
 def _axes(ax: Any, size: int) -> np.ndarray:
