@@ -19,14 +19,22 @@ from pyro_metassm.frames import canonical_frames
 from pyro_metassm.guides.base import AmortizedGuide
 from pyro_metassm.likelihoods import Likelihood, Mixed
 from pyro_metassm.likelihoods.mixed import Families
-from pyro_metassm.linear_systems import noisy_counts, through_linear_systems
+from pyro_metassm.linear_systems import frames_of_simulations, noisy_counts, through_linear_systems
 from pyro_metassm.neurons import NeuronTable
-from pyro_metassm.read_outs import ReadOutPrior, fit_read_outs, kinds_of, rows_of, second_moments
+from pyro_metassm.read_outs import (
+    ReadOutPrior,
+    fit_read_outs,
+    kinds_of,
+    refit_read_outs,
+    rows_of,
+    second_moments,
+)
 from pyro_metassm.rebuilding import for_recordings, joined, tables
 from pyro_metassm.recordings import Batch, Recordings
 from pyro_metassm.result import Fit, embedding_statistics
+from pyro_metassm.tempering import tempered
 from pyro_metassm.trainer import Options, Trainer
-from pyro_metassm.warm_start import natural_frames, write_read_in, write_read_outs
+from pyro_metassm.warm_start import SETTLING, natural_frames, smoothed_by, write_read_in, write_read_outs
 from pyro_metassm.windows import TiedFrames
 
 PARTS = ("read_in", "read_out", "embedding")
@@ -210,11 +218,12 @@ def _start(fit, model, guide, new, prior, parts, num_starts, search_steps, seed,
     features = guide.read_in.features(batch)
     frames = canonical_frames(features, bins, model.latent_dim, smoothing=float(guide.smoothing))
     _requires_grad(model, tables(model, guide)[0])
-    fit_read_outs(model, frames.coordinates, batch, rng)
-    draws: Tensor | None = None
-    if fit.attrs.get("smooth_counts") and noisy_counts(model, guide, frames, batch):
+    smooth = bool(fit.attrs.get("smooth_counts")) and noisy_counts(model, guide, frames, batch)
+    if smooth:
         linear = through_linear_systems(model, features, frames, bins, batch)
-        frames, draws = dataclasses.replace(linear.frames, coordinates=linear.paths), linear.draws
+        frames = dataclasses.replace(linear.frames, coordinates=linear.paths)
+    else:
+        fit_read_outs(model, frames.coordinates, batch, rng)
     rows = [
         prior.units(r.detach(), k) for r, k in zip(rows_of(model, batch), kinds_of(model, batch), strict=True)
     ]
@@ -245,10 +254,27 @@ def _start(fit, model, guide, new, prior, parts, num_starts, search_steps, seed,
     write_read_in(guide, frames, frame, offset, batch)
     write_read_outs(model, frame, offset, batch)
     with torch.no_grad():
-        z = guide.common_space(batch)[1] if draws is None else TiedFrames(frame, offset).states(draws)
-    fit_read_outs(model, z, batch, rng, num_steps=40, prior=prior, afresh=False)
+        _, z, share = guide.common_space(batch)
+        z = TiedFrames(frame, offset).states(frames.coordinates) if smooth else z
+    if smooth:
+        with torch.no_grad():
+            e = guide.embedding_posterior(guide.embedding_statistics(z, share, batch)).mean
+        for _ in range(SETTLING):
+            z, draws = smoothed_by(model, e, z, batch)
+            refit_read_outs(tempered(model), draws, batch, prior=prior)
+        write_read_in(
+            guide, frames_of_simulations(model, guide, e, batch), *_as_they_are(frame, offset), batch
+        )
+        z = draws
+    if not smooth or list(model.observation.parameters()):
+        fit_read_outs(model, z, batch, rng, num_steps=40, prior=prior, afresh=False)
     model.requires_grad_(False)
     return report
+
+
+def _as_they_are(frame: Tensor, offset: Tensor) -> tuple[Tensor, Tensor]:
+    """The frame and the offset of coordinates that are the latents."""
+    return torch.eye(frame.shape[-1]).to(frame).expand_as(frame), torch.zeros_like(offset)
 
 
 def _requires_grad(module: nn.Module, names: Collection[str]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -56,6 +57,24 @@ def smoothed(model, chain: Chain, z: Tensor, batch: Batch, *, num_steps: int = 3
         if number < num_steps:
             z = best[0] + share[..., None, None] * (path.loc.to(z.dtype) - best[0])
     return path
+
+
+@torch.no_grad()
+def log_evidence(model, chain: Chain, path: GaussianPath, batch: Batch) -> Tensor:
+    r"""Laplace's approximation of ``log p(y_k)``, ``(R, K)``: ``log p(y_k, z) - log q(z)`` at the mode ``z`` of ``q``.
+
+    Exact where dynamics and read-outs are linear and Gaussian.
+
+    Args:
+        model, chain, batch: as of :func:`smoothed`.
+        path: what it gives.
+    """
+    z = path.mean
+    log_joint = _terms(model, chain, z.to(batch.observations), batch)[0]
+    logdet = torch.linalg.slogdet(chain.first_precision.double())[1]
+    logdet = logdet + (z.shape[-2] - 1) * torch.linalg.slogdet(chain.precision.double())[1]
+    constant = 0.5 * (logdet - z[0, 0].numel() * math.log(2 * math.pi))
+    return log_joint + constant.unsqueeze(-1) - path.log_prob(z)
 
 
 def _chosen(first: Tensor, a: Tensor, b: Tensor) -> Tensor:

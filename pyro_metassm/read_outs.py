@@ -106,6 +106,13 @@ class ReadOutPrior:
         error = rows - self.mean
         return -0.5 * (error @ torch.linalg.inv(self.covariance) * error).sum(-1)
 
+    def of_rows(self, kinds: Tensor) -> tuple[Tensor, Tensor]:
+        """Means ``(N, latent_dim + 1)`` and precisions of read-outs of neurons of these kinds, as they are."""
+        size, origin = self.units.size[kinds].unsqueeze(-1), self.units.origin[kinds]
+        mean = self.mean * size
+        mean[:, -1] += origin
+        return mean, torch.linalg.inv(self.covariance) / size.unsqueeze(-1).square()
+
     def of_batch(self, model, batch: Batch) -> Tensor:
         """Of the read-outs of a batch's recordings, summed, up to a constant."""
         pairs = zip(rows_of(model, batch), kinds_of(model, batch), strict=True)
@@ -159,8 +166,7 @@ def fit_read_outs(
         afresh: False goes on from the read-outs as they are.
     """
     if afresh:
-        with torch.no_grad():
-            _start(model, z, batch)
+        start_read_outs(model, z, batch)
     parameters = [*model.read_out.parameters(), *model.observation.parameters()]
     # A short memory of the gradients' scale: they shrink by orders of magnitude as the noise is found.
     optimizer = adam(parameters, lr=0.1, betas=(0.8, 0.99))
@@ -182,7 +188,15 @@ def fit_read_outs(
 
 
 @torch.no_grad()
-def refit_read_outs(model, z: Tensor, batch: Batch, *, num_steps: int = 3, ridge: float = 1.0) -> None:
+def refit_read_outs(
+    model,
+    z: Tensor,
+    batch: Batch,
+    *,
+    num_steps: int = 3,
+    ridge: float = 1.0,
+    prior: ReadOutPrior | None = None,
+) -> None:
     """The likeliest read-outs given the states by Newton's steps on all of the data, from where they are, in place.
 
     Exact where :func:`fit_read_outs` takes noisy steps; for families of single neurons, whose own parameters stay.
@@ -196,25 +210,34 @@ def refit_read_outs(model, z: Tensor, batch: Batch, *, num_steps: int = 3, ridge
         num_steps: of Newton's.
         ridge: precision of a Normal prior, of the weights around zero and of a tenth of it of the biases around where
             they are.
+        prior: in place of that.
     """
     for r, name in enumerate(batch.names):
         place = model.read_out.neurons.slice(name)
         x = torch.cat([z[r], torch.ones_like(z[r][..., :1])], -1).flatten(0, 1)  # (bins, d + 1)
         squares = (x.unsqueeze(-1) * x.unsqueeze(-2)).flatten(1)
-        penalty = x.new_full((x.shape[-1],), ridge)
-        penalty[-1] *= 0.1
         rows = torch.cat([model.read_out.weight[place], model.read_out.bias[place].unsqueeze(-1)], -1)
-        origin = torch.cat([torch.zeros_like(rows[:, :-1]), rows[:, -1:]], -1)
+        if prior is None:
+            diagonal = x.new_full((x.shape[-1],), ridge)
+            diagonal[-1] *= 0.1
+            penalty = diagonal.diag()
+            origin = torch.cat([torch.zeros_like(rows[:, :-1]), rows[:, -1:]], -1)
+        else:
+            origin, penalty = prior.of_rows(model.observation.kinds[place])
         share, best = torch.ones_like(rows[:, :1]), None
         for _ in range(num_steps + 1):
             parts = curvature(model, (x @ rows.mT).view(*z[r].shape[:2], -1), batch, r)
             log_prob, slope, second = (part.flatten(0, 1) for part in parts)
             change = rows - origin
-            total = log_prob.sum(0, dtype=torch.float64) - 0.5 * (penalty * change.square()).sum(-1)
-            hessian = (second.mT @ squares).unflatten(-1, penalty.shape * 2) + penalty.diag()
-            step = torch.linalg.solve(hessian, (slope.mT @ x - penalty * change).unsqueeze(-1)).squeeze(-1)
+            pull = (penalty @ change.unsqueeze(-1)).squeeze(-1)
+            total = log_prob.sum(0, dtype=torch.float64) - 0.5 * (pull * change).sum(-1)
+            hessian = (second.mT @ squares).unflatten(-1, penalty.shape[-2:]) + penalty
+            step = torch.linalg.solve(hessian, (slope.mT @ x - pull).unsqueeze(-1)).squeeze(-1)
             # A neuron that has not fired would go on to minus infinity, a little with every call.
             step = step * (torch.maximum(second.sum(0), slope.sum(0).abs()) >= LEAST).unsqueeze(-1)
+            # Exponentials are as expanded where predictors change by one; of longer steps the logarithm.
+            far = (x @ step.mT).abs().amax(0).clamp(min=1.0).unsqueeze(-1)
+            step = step * ((1 + far.log()) / far)
             better = (total > best[2] if best else total == total).unsqueeze(-1)
             share = torch.where(better, (2 * share).clamp(max=1.0), 0.5 * share)
             if best:
@@ -226,7 +249,8 @@ def refit_read_outs(model, z: Tensor, batch: Batch, *, num_steps: int = 3, ridge
         model.read_out.weight[place], model.read_out.bias[place] = best[0][:, :-1], best[0][:, -1]
 
 
-def _start(model, z: Tensor, batch: Batch) -> None:
+@torch.no_grad()
+def start_read_outs(model, z: Tensor, batch: Batch) -> None:
     """Least squares; for neurons with another link than the identity, no tuning and each one's mean."""
     read_out = model.read_out
     predictor = read_out(z[:, :8, :1], batch.recording, batch.width)

@@ -10,7 +10,7 @@ from torch import Tensor
 from pyro_metassm.optimizers import adam, one_cycle
 from pyro_metassm.recordings import Batch
 
-STEPS = 200
+STEPS = 400
 TRIALS = 8  # of each recording and step
 BINS = (20, 100)  # shortest and longest stretch of trials
 RATE = 3e-3
@@ -49,7 +49,7 @@ def teach(
         length = _random(shortest, longest, rng)
         start = 0 if step % 2 else _random(0, batch.num_bins - length, rng)
         first = _random(0, max(0, batch.num_trials - TRIALS), rng)
-        part = _stretch(batch, slice(first, first + TRIALS), slice(start, start + length))
+        part = stretch(batch, slice(first, first + TRIALS), slice(start, start + length))
         z = draws[:, first : first + TRIALS, start : start + length]
         prior = model.path_prior(e, part)
         with torch.no_grad():
@@ -68,7 +68,8 @@ def _random(low: int, high: int, rng: torch.Generator) -> int:
     return int(torch.randint(low, high + 1, (), generator=rng))
 
 
-def _stretch(batch: Batch, trials: slice, bins: slice) -> Batch:
+def stretch(batch: Batch, trials: slice, bins: slice) -> Batch:
+    """Some trials and bins of a batch."""
     return dataclasses.replace(
         batch,
         observations=batch.observations[:, trials, bins],

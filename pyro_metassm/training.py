@@ -76,8 +76,10 @@ def fit(
         warm_start: start from the data; False for a random start.
         warm_start_steps: steps of the dynamics-first stage.
         smooth_counts: start noisy counts from paths smoothed by linear systems (:mod:`pyro_metassm.linear_systems`),
-            as :func:`pyro_metassm.adapt` then does. Where trials are long and counts few it forecasts far better, best
-            with ``num_steps=0``: SVI loses some of it. Short trials in many latents are worse for it.
+            from half of the ``warm_start_steps`` on by the learned dynamics, as :func:`pyro_metassm.adapt` then does;
+            bursts count no more than a few counts do meanwhile (:mod:`pyro_metassm.tempering`). Where trials are long
+            and counts few it forecasts far better, best with ``num_steps=0``: SVI loses some of it. Short trials in
+            many latents are worse for it.
         validation: recordings (other trials) whose ELBO, without roll-outs, is taken every ``validation_every`` steps.
         clip_norm: largest norm of the gradient of the ELBO per observed number.
         update_penalty: weight of the squared norm of the embedding's updates of the dynamics, per observed number.

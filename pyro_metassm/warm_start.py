@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from pyro_metassm.frames import RIDGE, Frames, canonical_frames
-from pyro_metassm.laplace_smoother import Chain, smoothed
-from pyro_metassm.linear_systems import LinearSystems, noisy_counts, through_linear_systems
+from pyro_metassm.laplace_smoother import Chain, log_evidence, smoothed
+from pyro_metassm.linear_systems import noisy_counts, regressed, through_linear_systems
 from pyro_metassm.optimizers import adam, one_cycle, skip_where
 from pyro_metassm.read_outs import (
     Units,
@@ -28,12 +28,14 @@ from pyro_metassm.read_outs import (
     second_moments,
 )
 from pyro_metassm.recordings import Batch, Recordings, sample_trials
-from pyro_metassm.teaching import teach
+from pyro_metassm.teaching import stretch, teach
+from pyro_metassm.tempering import tempered
 from pyro_metassm.windows import TiedFrames, Windows, growing
 
 OBSERVATIONS = 2**25  # smoothed again and again where data are noisy, about,
 LEAST_TRIALS = 8  # but no fewer trials of a recording
-SETTLING = 1  # rounds of smoothing with the learned dynamics
+SETTLING = 2  # rounds of smoothing with the learned dynamics and of read-outs
+SHARES = (1.0, 0.5, 0.3, 0.2, 0.1, 0.05, 0.02)  # of the process noise that draws leave
 LOOK = 10  # steps between two looks at the loss: a look makes the host wait for a GPU
 NUMBERS = (
     2**29
@@ -78,35 +80,63 @@ def _initialise(model, guide, recs, num_steps, seed, device, on_step, smooth_cou
         frames = canonical_frames(guide.read_in.features(batch), bins, model.latent_dim)
         guide.smoothing.fill_(frames.smoothing)
     rng = torch.Generator().manual_seed(seed)
-    fit_read_outs(model, frames.coordinates, batch, rng)
-    linear: LinearSystems | None = None
     if smooth_counts and noisy_counts(model, guide, frames, batch):
-        batch, features, bins = _some_trials(recs, model, guide, batch, bins, seed)
-        linear = through_linear_systems(model, features, frames.of(features, bins), bins, batch)
-        frames = linear.frames
-    stage = DynamicsFirst(
-        model,
-        guide,
-        frames.coordinates if linear is None else linear.paths,
-        bins,
-        batch.recording,
-        tuning=second_moments([r[:, :-1] for r in _comparable_rows(model, batch)]),
-        read=frames.coordinates,
-    )
+        _initialise_smoothed(model, guide, recs, frames, batch, bins, num_steps, seed, rng, on_step)
+        return
+    fit_read_outs(model, frames.coordinates, batch, rng)
+    stage = DynamicsFirst(model, guide, frames.coordinates, bins, batch.recording, _tuning(model, batch))
     stage.run(num_steps, rng, on_step)
     write_read_in(guide, frames, stage.frame, stage.offset, batch)
     write_read_outs(model, stage.frame, stage.offset, batch)
     with torch.no_grad():
         _, z, _ = guide.common_space(batch)
-        e = _embeddings(guide, z, bins, batch)
-        if linear is None:
-            _write_noise(model, guide, z, bins, batch)
-        else:
-            z = _settled(model, e, stage.states(linear.paths), stage.states(linear.draws), batch)
+        _write_noise(model, guide, z, bins, batch)
     fit_read_outs(model, z, batch, rng, num_steps=40, afresh=False)
-    if linear is not None:
-        refit_read_outs(model, z, batch)
-        teach(model, guide, z, e, batch, rng)
+
+
+def _initialise_smoothed(model, guide, recs, frames, every, bins, num_steps, seed, rng, on_step) -> None:
+    """Dynamics from paths of linear systems, then from paths that they themselves smooth; read-outs of all trials."""
+    batch, features, bins = _some_trials(recs, model, guide, every, bins, seed)
+    linear = through_linear_systems(model, features, frames.of(features, bins), bins, batch)
+    frames = linear.frames
+    tuning = _tuning(model, batch)
+    stage = DynamicsFirst(model, guide, linear.paths, bins, batch.recording, tuning, frames.coordinates)
+    stage.run(num_steps - num_steps // 2, rng, on_step)
+    frame, offset = stage.frame.detach().clone(), stage.offset.detach().clone()
+    write_read_outs(model, frame, offset, batch)
+    with torch.no_grad():
+        e = _embeddings(guide, stage.states(frames.coordinates), bins, batch)
+        paths, draws = stage.states(linear.paths), stage.states(linear.draws)
+        write_likeliest_noise(model, e, paths, draws, batch)
+        for _ in range(SETTLING):
+            paths, draws = smoothed_by(model, e, paths, batch)
+            refit_read_outs(tempered(model), draws, batch)
+        w = stage.coordinates(paths)
+    frames = regressed(features, w, bins, frames.smoothing)
+    stage.windows, stage.read = Windows(w, bins), Windows(frames.coordinates, bins)
+    stage.run(num_steps // 2, rng, on_step)
+    write_read_in(guide, frames, stage.frame, stage.offset, batch)
+    with torch.no_grad():
+        inverse = torch.linalg.inv(frame)
+        moved = ((stage.offset - offset).unsqueeze(-2) @ inverse).squeeze(-2)
+        write_read_outs(model, stage.frame @ inverse, moved, batch)
+        e = _embeddings(guide, stage.states(frames.coordinates), bins, batch)
+        paths, draws = stage.states(w), stage.states(TiedFrames(frame, offset).coordinates(draws))
+        write_likeliest_noise(model, e, paths, draws, batch)
+        _, z, _ = guide.common_space(every)
+        for _ in range(SETTLING):
+            z, draws = smoothed_by(model, e, z, every)
+            _write_first_states(model, draws, every.time_mask)
+            refit_read_outs(tempered(model), draws, every)
+    if list(model.observation.parameters()):
+        fit_read_outs(model, draws, every, rng, num_steps=40, afresh=False)
+        refit_read_outs(tempered(model), draws, every)
+    teach(model, guide, draws, e, every, rng)
+
+
+def _tuning(model, batch: Batch) -> Tensor:
+    """Second moments of the read-outs of a batch's recordings."""
+    return second_moments([r[:, :-1] for r in _comparable_rows(model, batch)])
 
 
 def _embeddings(guide, z: Tensor, bins: Tensor, batch: Batch) -> Tensor:
@@ -126,22 +156,50 @@ def _some_trials(recs: Recordings, model, guide, batch: Batch, bins: Tensor, see
         return batch, guide.read_in.features(batch), bins
 
 
-def _settled(model, e: Tensor, paths: Tensor, draws: Tensor, batch: Batch) -> Tensor:
-    """Draws of the paths given the learned dynamics; read-outs, process noise and first states are those of draws."""
+@torch.no_grad()
+def write_likeliest_noise(model, e: Tensor, paths: Tensor, draws: Tensor, batch: Batch) -> None:
+    """First states of draws, and the process noise of most evidence: what draws leave is mostly their own spread.
+
+    Args:
+        model: whose ``process_noise`` and ``initial`` are written.
+        e: embeddings ``(R, 1, embedding_dim)``.
+        paths, draws: ``(R, K, T, latent_dim)``.
+        batch: the data.
+    """
+    _write_first_states(model, draws, batch.time_mask)
     dynamics = model.dynamics_of(e, batch.recording)
-    exists = batch.time_mask
-    both = exists[:, :, 1:] & exists[:, :, :-1]
-    for number in range(SETTLING + 1):
-        if number:
-            noise, initial = model.process_noise(), model.initial
-            chain = Chain(dynamics, noise.pow(-2).diag(), initial.loc, initial.scale.pow(-2).diag())
-            posterior = smoothed(model, chain, paths, batch)
-            paths, draws = posterior.mean.to(paths), posterior.rsample().to(paths)
-            refit_read_outs(model, draws, batch)
-        error = (draws[:, :, 1:] - dynamics(draws[:, :, :-1])).square()[both].mean(0)
-        model.process_noise.log_scale.copy_(error.sqrt().clamp(0.002, 1.0).log())
-        _write_first_states(model, draws, exists)
-    return draws
+    both = batch.time_mask[:, :, 1:] & batch.time_mask[:, :, :-1]
+    left = (draws[:, :, 1:] - dynamics(draws[:, :, :-1])).square()[both].mean(0).sqrt()
+    part, z = stretch(batch, slice(0, LEAST_TRIALS), slice(None)), paths[:, :LEAST_TRIALS]
+    most, best = -torch.inf, left.log()
+    for share in SHARES:
+        model.process_noise.log_scale.copy_((share * left).clamp(0.002, 1.0).log())
+        chain = _chain(model, dynamics)
+        path = smoothed(tempered(model), chain, z, part, num_steps=2)
+        evidence, z = float(log_evidence(tempered(model), chain, path, part).sum()), path.mean.to(z)
+        if evidence < most:
+            break
+        most, best = evidence, model.process_noise.log_scale.clone()
+    model.process_noise.log_scale.copy_(best)
+
+
+@torch.no_grad()
+def smoothed_by(model, e: Tensor, paths: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
+    """Paths given the model's dynamics, from where they are, and draws of them; ``(R, K, T, latent_dim)`` both."""
+    chain = _chain(model, model.dynamics_of(e, batch.recording))
+    number = max(LEAST_TRIALS, OBSERVATIONS // batch.observations[:, 0].numel())
+    pairs = []
+    for first in range(0, batch.num_trials, number):
+        trials = slice(first, first + number)
+        path = smoothed(tempered(model), chain, paths[:, trials], stretch(batch, trials, slice(None)))
+        pairs.append((path.mean.to(paths), path.rsample().to(paths)))
+    mean, draws = (torch.cat(parts, 1) for parts in zip(*pairs, strict=True))
+    return mean, draws
+
+
+def _chain(model, dynamics) -> Chain:
+    initial = model.initial
+    return Chain(dynamics, model.process_noise().pow(-2).diag(), initial.loc, initial.scale.pow(-2).diag())
 
 
 def starting_trials(recs: Recordings) -> dict[str, np.ndarray]:

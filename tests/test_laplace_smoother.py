@@ -5,11 +5,12 @@ import pytest
 import torch
 from problems import KINDS, kind_of, recordings
 from scipy.optimize import minimize
+from scipy.stats import multivariate_normal
 
 import pyro_metassm as pm
-from pyro_metassm.laplace_smoother import Chain, smoothed
+from pyro_metassm.laplace_smoother import Chain, log_evidence, smoothed
 from pyro_metassm.observations import curvature, of_single_neurons
-from pyro_metassm.read_outs import refit_read_outs
+from pyro_metassm.read_outs import ReadOutPrior, refit_read_outs
 from pyro_metassm.recordings import Recording, Recordings
 
 SINGLE = [
@@ -53,6 +54,39 @@ def test_linear_and_gaussian_is_exact():
     torch.testing.assert_close(found.mean, exact.mean.detach(), rtol=0, atol=1e-10)
     z = torch.randn(2, 3, 7, 2, dtype=torch.float64)  # and so is the density, hence the precision
     torch.testing.assert_close(found.log_prob(z), exact.log_prob(z).detach(), rtol=1e-10, atol=1e-8)
+
+
+def test_evidence_of_linear_gaussian_data_is_that_of_one_large_normal():
+    rng = np.random.default_rng(0)
+    y = rng.normal(size=(2, 5, 3))
+    y[0, 2], y[1, 3, 1] = np.nan, np.nan
+    recs = Recordings([Recording("a", y, bin_width=0.02)])
+    torch.manual_seed(1)
+    model = pm.models.LinearGaussian(recs, latent_dim=2).double()
+    batch = recs.batch(model.names, dtype=torch.float64)
+    chain = chain_of(model, model.dynamics)
+    path = smoothed(model, chain, torch.zeros(1, 2, 5, 2, dtype=torch.float64), batch, num_steps=1)
+    found = log_evidence(model, chain, path, batch)[0]
+    a, b = (x.detach().numpy() for x in (model.dynamics.weight, model.dynamics.bias))
+    c, d = (x.detach().numpy() for x in (model.read_out.weight, model.read_out.bias))
+    mean, noise = [model.initial.loc.detach().numpy()], model.process_noise().detach().numpy()
+    # z = M w + ..., with w the first state and the steps' noise.
+    scales = np.concatenate([model.initial.scale.detach().numpy(), *[noise] * 4])
+    matrix = np.zeros((10, 10))
+    for t in range(5):
+        matrix[2 * t : 2 * t + 2, 2 * t : 2 * t + 2] = np.eye(2)
+        if t:
+            matrix[2 * t : 2 * t + 2] += a @ matrix[2 * t - 2 : 2 * t]
+            mean.append(a @ mean[-1] + b)
+    read = np.kron(np.eye(5), c)
+    at_zero = model.likelihood(torch.zeros(1, 1, 1, 3, dtype=torch.float64), batch.recording)
+    covariance = read @ matrix @ np.diag(scales**2) @ matrix.T @ read.T
+    covariance += np.diag(np.tile(at_zero.stddev.detach().numpy().ravel() ** 2, 5))
+    centre = read @ np.concatenate(mean) + np.tile(d, 5)
+    for k in range(2):
+        seen = ~np.isnan(y[k].ravel())
+        exact = multivariate_normal(centre[seen], covariance[np.ix_(seen, seen)]).logpdf(y[k].ravel()[seen])
+        np.testing.assert_allclose(float(found[k]), exact, rtol=1e-9)
 
 
 def test_the_mode_of_counts_under_nonlinear_dynamics_is_that_of_an_optimiser():
@@ -118,6 +152,58 @@ def test_newtons_read_outs_are_those_of_an_optimiser(family):
     best = minimize(energy, np.zeros(6), jac=True, method="BFGS", options={"gtol": 1e-8}).x.reshape(2, 3)
     np.testing.assert_allclose(model.read_out.weight.detach().numpy(), best[:, :2], atol=1e-5)
     np.testing.assert_allclose(model.read_out.bias.detach().numpy(), best[:, 2], atol=1e-5)
+
+
+def test_a_prior_of_read_outs_takes_the_place_of_the_ridge():
+    recs = recordings(counts=True, shapes={"a": (2, (20,)), "b": (4, (9,))})
+    model, batch = started(recs, pm.likelihoods.Poisson)
+    torch.manual_seed(1)
+    with torch.no_grad():
+        model.read_out.weight.normal_(), model.read_out.bias.normal_()
+    prior = ReadOutPrior.of(model)
+    z = torch.randn(2, 1, 20, 2, dtype=torch.float64)
+    refit_read_outs(model, z, batch, num_steps=30, prior=prior)
+
+    def energy(flat):
+        c = torch.tensor(flat).view(2, 3).requires_grad_()
+        predictor = torch.cat([z[0], torch.ones_like(z[0, ..., :1])], -1) @ c.mT
+        y = model.likelihood(predictor.unsqueeze(0), batch.recording[:1])
+        value, mask = batch.observations[:1, ..., :2], batch.mask[:1, ..., :2]
+        total = -prior.log_prob(c).sum() - y.log_prob(value)[mask].sum()
+        return float(total.detach()), torch.autograd.grad(total, c)[0].flatten().numpy()
+
+    best = minimize(energy, np.zeros(6), jac=True, method="BFGS", options={"gtol": 1e-8}).x.reshape(2, 3)
+    np.testing.assert_allclose(model.read_out.weight[:2].detach().numpy(), best[:, :2], atol=1e-5)
+    np.testing.assert_allclose(model.read_out.bias[:2].detach().numpy(), best[:, 2], atol=1e-5)
+
+
+def test_steps_are_short_where_an_exponential_is_not_its_expansion():
+    """From a rate far too low to bursts, in fewer steps than the halving of Newton's would take."""
+    rng = np.random.default_rng(0)
+    z = rng.normal(size=(1, 4, 100, 2))
+    z[0, 0, :3] *= 8
+    truth = np.array([[1.2, 0.3], [-0.5, 1.0]])
+    recs = Recordings(
+        [Recording("a", rng.poisson(np.exp(z[0] @ truth.T - 2.0)).astype(float), bin_width=0.02)]
+    )
+    model, batch = started(recs, pm.likelihoods.Poisson)
+    with torch.no_grad():
+        model.observation.log_ceiling.fill_(30.0)
+        model.read_out.weight.zero_(), model.read_out.bias.fill_(-6.0)
+    design = torch.cat([torch.tensor(z), torch.ones(1, 4, 100, 1)], -1).flatten(0, 2).numpy()
+    counts = batch.observations[0].flatten(0, 1).numpy()
+    refit_read_outs(model, torch.tensor(z), batch, num_steps=10)
+
+    def energy(flat):
+        c = flat.reshape(2, 3)
+        change = c - [0.0, 0.0, -6.0]
+        penalty, x = np.array([1.0, 1.0, 0.1]), design @ c.T
+        gradient = penalty * change - (counts - np.exp(x)).T @ design
+        return 0.5 * (penalty * change**2).sum() - (counts * x - np.exp(x)).sum(), gradient.ravel()
+
+    start = np.c_[truth, [-2.0, -2.0]].ravel()
+    best = minimize(energy, start, jac=True, method="BFGS", options={"gtol": 1e-6}).x.reshape(2, 3)
+    np.testing.assert_allclose(model.read_out.weight.detach().numpy(), best[:, :2], atol=1e-3)
 
 
 def test_silent_neurons_stay_as_they_are():

@@ -1,14 +1,19 @@
 """Linear systems of noisy recordings: what they add to kernels and principal components, on data of known truth."""
 
+import copy
+import dataclasses
+import math
+
 import numpy as np
 import pytest
 import torch
 
 import pyro_metassm as pm
 from pyro_metassm.frames import canonical_frames
-from pyro_metassm.linear_systems import _linear, through_linear_systems
+from pyro_metassm.linear_systems import _linear, frames_of_simulations, regressed, through_linear_systems
 from pyro_metassm.read_outs import fit_read_outs
-from pyro_metassm.teaching import teach
+from pyro_metassm.teaching import stretch, teach
+from pyro_metassm.warm_start import smoothed_by, write_likeliest_noise
 
 
 @pytest.fixture(scope="module")
@@ -79,6 +84,57 @@ def test_likeliest_linear_system_is_that_of_least_squares():
     np.testing.assert_allclose(
         torch.linalg.inv(chain.precision[0]), error.T @ error / len(x) + 1e-4 * np.eye(2), atol=1e-5
     )
+
+
+@pytest.fixture(scope="module")
+def drawn(counts):
+    """A model whose own data these are: process noise 0.05, 12 trials."""
+    _, model, guide, batch, *_ = counts
+    model, guide = copy.deepcopy((model, guide))
+    e = torch.zeros(2, 1, 1)
+    torch.manual_seed(0)
+    with torch.no_grad():
+        model.process_noise.log_scale.fill_(math.log(0.05))
+        model.read_out.weight.normal_(), model.read_out.bias.fill_(-0.5)
+
+    def draw(num_trials):
+        part = stretch(batch, slice(0, 1), slice(None))
+        with torch.no_grad():
+            z = model.path_prior(e, part).sample((num_trials,))[:, :, 0].movedim(0, 1)
+            y = model.likelihood(model.read_out(z, batch.recording, batch.width), batch.recording).sample()
+        ones = torch.ones_like(z[..., 0], dtype=torch.bool)
+        mask = ones.unsqueeze(-1).expand_as(y)
+        return z, ones, dataclasses.replace(batch, observations=y, mask=mask, time_mask=ones)
+
+    return model, guide, e, draw
+
+
+def test_process_noise_of_most_evidence_is_that_of_the_data(drawn):
+    model, _, e, draw = drawn
+    model = copy.deepcopy(model)
+    z, _, batch = draw(8)
+    rough = z + 0.2 * torch.randn_like(z)  # what draws of paths leave is their own spread, of about 0.28
+    write_likeliest_noise(model, e, z, rough, batch)
+    found = model.process_noise().detach()
+    assert (found > 0.025).all() and (found < 0.1).all(), found
+    paths, again = smoothed_by(model, e, rough, batch)
+    left, own = (paths - z).square().mean(), (again - paths).square().mean()
+    # Of a posterior, what draws differ by from its mean is what the truth does.
+    assert left < 0.4 * (rough - z).square().mean() and 0.4 < own / left < 2.5, (left, own)
+
+
+def test_frames_of_simulations_read_other_trials_better_than_those_of_one_trial(drawn):
+    model, guide, e, draw = drawn
+    one, bins, batch = draw(1)
+    other, others, more = draw(12)
+    features = guide.read_in.features(more)
+    of_one = regressed(guide.read_in.features(batch), one, bins, float(guide.smoothing))
+    simulated = frames_of_simulations(model, guide, e, batch)
+    few, many = (
+        float((frames.of(features, others).coordinates - other).square().mean())
+        for frames in (of_one, simulated)
+    )
+    assert many < 0.7 * few, (many, few)
 
 
 def test_a_taught_guide_is_near_what_it_was_taught_and_nothing_else_moves(counts):

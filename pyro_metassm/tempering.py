@@ -1,0 +1,54 @@
+"""Counts while states are known roughly: they vary more than a Poisson likelihood at those states has it."""
+
+from __future__ import annotations
+
+import math
+
+from torch import Tensor
+from torch.nn import functional
+
+from pyro_metassm.observations import SaturatingPoisson, saturating_log_rate
+
+WORTH = 5.0  # counts that a bin of a neuron says as much as, at most
+
+
+class Overdispersed:
+    r"""Counts of a log rate that is known up to a factor with variance ``1 / r``: negative binomial.
+
+    ``log p(y) = y x - (y + r) log(r + e^x)`` up to what does not depend on the log rate ``x``. Its slope and its
+    information are those of a Poisson count in ``r / (r + e^x)``: those of ``r`` counts where there are thousands.
+
+    Args:
+        y: Poisson counts of known rates.
+        r: ``r``.
+    """
+
+    def __init__(self, y: SaturatingPoisson, r: float):
+        self.y, self.r = y, r
+
+    def in_support(self, value: Tensor, mask: Tensor) -> Tensor:
+        return value
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        log_rate = saturating_log_rate(self.y.predictor, self.y.log_ceiling)
+        return value * log_rate - (value + self.r) * functional.softplus(log_rate - math.log(self.r))
+
+
+class Tempered:
+    """A model's read-outs, of states that are known roughly."""
+
+    def __init__(self, model, r: float):
+        self.model, self.r = model, r
+        self.read_out, self.observation = model.read_out, model.observation
+
+    def likelihood(self, predictor: Tensor, recording: Tensor):
+        y = self.model.likelihood(predictor, recording)
+        return Overdispersed(y, self.r) if isinstance(y, SaturatingPoisson) else y
+
+
+def tempered(model, r: float = WORTH) -> Tempered:
+    """The model as smoothers and regressions are to see it.
+
+    Bursts of thousands of counts, taken at their word, bend states and read-outs to what is wrong with either.
+    """
+    return Tempered(model, r)
