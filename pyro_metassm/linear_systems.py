@@ -40,7 +40,7 @@ class LinearSystems:
 def noisy_counts(model, guide, frames: Frames, batch: Batch) -> bool:
     """Whether these are data that linear systems are for: counts of single neurons, in frames that must be smoothed."""
     counts = all(bool(guide.read_in.counts[model.neurons.slice(name)].all()) for name in batch.names)
-    return frames.smoothing > 0 and counts and of_single_neurons(model, batch)
+    return max(frames.smoothing) > 0 and counts and of_single_neurons(model, batch)
 
 
 @torch.no_grad()
@@ -90,7 +90,7 @@ def _linear(z: Tensor, exists: Tensor) -> Chain:
     return Chain(dynamics, torch.linalg.inv(noise), z[:, :, 0].mean(1), torch.linalg.inv(spread))
 
 
-def _regressed(features: Tensor, paths: Tensor, bins: Tensor, smoothing: float) -> Frames:
+def _regressed(features: Tensor, paths: Tensor, bins: Tensor, smoothing: tuple[float, ...]) -> Frames:
     """Frames linear in the features, of which a guide makes its own."""
     seen = bins.unsqueeze(-1).to(paths.dtype)
     x = _with_one(smooth(features, seen, smoothing) * seen, seen).flatten(1, 2)

@@ -57,7 +57,7 @@ def test_coordinates_are_canonical_and_frames_are_their_regression(counts):
     torch.testing.assert_close(flat.mean(1), torch.zeros(2, 2), rtol=0, atol=1e-3)
     # White up to the ridge of canonical frames.
     assert (flat.var(1) < 1.01).all() and (flat.var(1) > 0.7).all()
-    assert found.frames.smoothing == frames.smoothing > 0
+    assert found.frames.smoothing == frames.smoothing and min(frames.smoothing) > 0
     again = found.frames.of(features, bins).coordinates
     torch.testing.assert_close(again, found.frames.coordinates)
     # Least squares leaves what is orthogonal to the smoothed features, the constant among them.
