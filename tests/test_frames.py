@@ -170,17 +170,21 @@ def test_the_width_of_the_kernel_is_about_the_best_for_the_truth():
     )  # nothing to smooth over
 
 
-def test_every_recording_of_a_pool_has_the_kernel_that_it_has_alone_and_few_bins_that_of_the_others():
+def test_every_recording_of_a_pool_has_the_kernel_about_that_it_has_alone_and_few_bins_that_of_the_others():
     torch.manual_seed(0)
     phase = 6.3 * torch.rand(1, 60, 1)
     signal = torch.stack([(0.12 * torch.arange(80) + phase + turn).sin() for turn in (0.0, 1.57)], -1)
     pool = torch.cat([signal + sd * torch.randn_like(signal) for sd in (0.5, 2.5)])
     alone = [frames.smoothing_widths(x, whole(x))[0] for x in pool.unsqueeze(1)]
-    assert alone[0] < alone[1]
-    assert frames.smoothing_widths(pool, whole(pool)) == tuple(alone)
+    together = frames.smoothing_widths(pool, whole(pool))
+    assert alone[0] < alone[1] and together[0] < together[1]
+    for one, other in zip(
+        alone, together, strict=True
+    ):  # to a kernel: what lies together is a little likelier
+        assert abs(frames.KERNELS.index(one) - frames.KERNELS.index(other)) <= 1
     few = whole(pool).clone()
     few[0, 0, 3:], few[0, 1:] = False, False  # three bins
-    assert frames.smoothing_widths(pool, few) == (alone[1], alone[1])
+    assert frames.smoothing_widths(pool, few) == (together[1], together[1])
     assert frames.smoothing_widths(pool, few, about=4.0)[0] == 4.0
     assert frames.smoothing_widths(pool, whole(pool), about=0.0) == (0.0, 0.0)
 
