@@ -62,10 +62,9 @@ class AmortizedGuide(nn.Module, ABC):
         self.global_sites = GlobalPosterior(model)
         self.detach_embedding = detach_embedding
         self.smoothing: Tensor
-        self.register_buffer(
-            "smoothing", torch.zeros(())
-        )  # sd of the frame's Gaussian kernel, in bins; 0 is none
-        self._read: tuple[Tensor | None, int, float] = (None, 0, 0.0)
+        # Sd of the Gaussian kernel of every recording's frame, in bins; 0 is none.
+        self.register_buffer("smoothing", torch.zeros(len(model.neurons.names)))
+        self._read: tuple[Tensor | None, int, tuple[float, ...]] = (None, 0, ())
 
     @property
     def model(self) -> MetaSSM:
@@ -107,13 +106,13 @@ class AmortizedGuide(nn.Module, ABC):
         self.read_in.neurons.check(batch.names, batch.num_neurons)
         ybar, share = self.read_in(batch)
         ybar, frame = with_first_channels(ybar, self.model.latent_dim)
-        return ybar, smooth(frame, share, self._smoothing_sd()), share
+        return ybar, smooth(frame, share, self._widths(batch)), share
 
-    def _smoothing_sd(self) -> float:
-        """``smoothing`` as a number, read again only after it has changed: reading it makes the host wait for a GPU."""
+    def _widths(self, batch: Batch) -> list[float]:
+        """``smoothing`` as numbers, read again only after it has changed: reading it makes the host wait for a GPU."""
         if self._read[0] is not self.smoothing or self._read[1] != self.smoothing._version:
-            self._read = (self.smoothing, self.smoothing._version, float(self.smoothing))
-        return self._read[2]
+            self._read = (self.smoothing, self.smoothing._version, tuple(self.smoothing.tolist()))
+        return [self._read[2][self.read_in.neurons.names.index(name)] for name in batch.names]
 
     def embedding_statistics(self, frame: Tensor, share: Tensor, batch: Batch) -> Tensor:
         """Mean over the trials that have data of the encoder's mean and variance, ``(R, 2 embedding_dim)`` (eq. 15).

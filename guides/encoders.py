@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -11,30 +12,36 @@ from torch.nn import functional
 from pyro_metassm.native.mlp import plain
 
 
-def smooth(x: Tensor, weight: Tensor, sd: float, leave_out: bool = False) -> Tensor:
+def smooth(x: Tensor, weight: Tensor, sd: float | Sequence[float], leave_out: bool = False) -> Tensor:
     """Weighted Gaussian smoothing along time; bins of weight 0 are filled from their neighbours.
 
     Args:
         x: ``(R, K, T, C)``.
         weight: ``(R, K, T, 1)``, how much each bin counts.
-        sd: of the kernel in bins; 0 leaves ``x`` as it is.
+        sd: of the kernel in bins, of all recordings or of each, R numbers; 0 leaves ``x`` as it is.
         leave_out: predict each bin from its neighbours only.
     """
-    if sd <= 0:
+    widths = [sd] if isinstance(sd, int | float) else list(sd)
+    widths = widths[:1] if len(set(widths)) == 1 else widths
+    if max(widths) <= 0:
         return x
-    reach = min(int(4 * sd) + 1, x.shape[-2])
-    lag = torch.arange(-reach, reach + 1, dtype=x.dtype, device=x.device)
-    kernel = torch.exp(-0.5 * (lag / sd) ** 2).view(1, 1, -1)
+    reach = min(int(4 * max(widths)) + 1, x.shape[-2])
+    lag = torch.arange(-reach, reach + 1, dtype=x.dtype)
+    # On the host: a width of (nearly) none has a kernel of one bin.
+    kernel = torch.exp(-0.5 * (lag / torch.tensor(widths, dtype=x.dtype).clamp(min=1e-3).view(-1, 1, 1)) ** 2)
+    kernel = kernel.to(x.device)
     if leave_out:
         kernel[..., reach] = 0.0
 
     def along_time(values: Tensor) -> Tensor:
-        rows = values.movedim(-1, -2)
-        return (
-            functional.conv1d(rows.reshape(-1, 1, rows.shape[-1]), kernel, padding=reach)
-            .reshape(rows.shape)
-            .movedim(-1, -2)
-        )
+        if len(widths) == 1:
+            rows = values.movedim(-1, -2)
+            flat = rows.reshape(-1, 1, rows.shape[-1])
+        else:  # a recording is a channel, with a kernel of its own
+            rows = values.permute(1, 3, 0, 2)
+            flat = rows.flatten(0, 1)
+        out = functional.conv1d(flat, kernel, padding=reach, groups=len(widths)).reshape(rows.shape)
+        return out.movedim(-1, -2) if len(widths) == 1 else out.permute(2, 0, 3, 1)
 
     return along_time(x * weight) / along_time(weight).clamp(min=1e-6)
 

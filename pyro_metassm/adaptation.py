@@ -62,7 +62,7 @@ def adapt(
     encoder (paper, section 4). (1) The start: a canonical frame from the data; the affine map from it to the fit's
     latents is searched for from many starts that the model itself draws, by roll-outs of the frozen dynamics, with the
     read-outs of the known recordings as a prior (:mod:`pyro_metassm.few_shot`). (2) The read-outs: a regression with
-    that prior. (3) ``num_steps`` of SVI.
+    that prior. (3) ``num_steps`` of SVI, of counts with the read-ins of the known recordings as a prior, too.
 
     One trial suffices to start; whether it says enough is in ``attrs["adaptation"]`` of the result: for every recording
     ``rollout_error`` (mean squared error of roll-outs of up to 25 bins, in variances of the recording's latents: near
@@ -216,7 +216,11 @@ def _start(fit, model, guide, new, prior, parts, num_starts, search_steps, seed,
     batch = new.batch(model.names, dtype=fit.dtype, device=fit.device)
     bins = (batch.mask & batch.held_in[:, None, None, :]).any(-1)
     features = guide.read_in.features(batch)
-    frames = canonical_frames(features, bins, model.latent_dim, smoothing=float(guide.smoothing))
+    widths = fit.guide.smoothing[_trained(fit)]
+    about = float(widths.clamp(min=1e-3).log().mean().exp()) if widths.any() else 0.0
+    frames = canonical_frames(features, bins, model.latent_dim, smoothing=about)
+    with torch.no_grad():
+        guide.smoothing.copy_(torch.tensor(frames.smoothing))
     _requires_grad(model, tables(model, guide)[0])
     smooth = bool(fit.attrs.get("smooth_counts")) and noisy_counts(model, guide, frames, batch)
     if smooth:
@@ -277,6 +281,20 @@ def _as_they_are(frame: Tensor, offset: Tensor) -> tuple[Tensor, Tensor]:
     return torch.eye(frame.shape[-1]).to(frame).expand_as(frame), torch.zeros_like(offset)
 
 
+@torch.no_grad()
+def read_in_precision(fit: Fit) -> Tensor | None:
+    """Of a Normal prior, around zero, of a neuron's read-in by channel, ``(read_in_dim,)``: as the known ones vary.
+
+    For counts: they are so noisy that without it a read-in learns few trials by heart. None without known ones.
+    """
+    read_in, table = fit.guide.read_in, fit.model.neurons
+    known = torch.zeros_like(read_in.counts)
+    for name, row in zip(fit.names, _trained(fit), strict=True):
+        known[table.slice(name)] = row
+    weight = read_in.weight[known & read_in.counts & read_in.weight.any(-1)]  # held-out neurons have none
+    return None if len(weight) < 2 else 1 / weight.square().mean(0).clamp(min=1e-4)
+
+
 def _requires_grad(module: nn.Module, names: Collection[str]) -> None:
     for name, parameter in module.named_parameters():
         parameter.requires_grad_(name in names)
@@ -306,6 +324,7 @@ class Adapter(Trainer):
             _requires_grad(module, own if part in parts else ())
         super().__init__(model, guide, recs, options, fit.device, self.embedding)
         self.fit, self.prior, self.report = fit, prior, report
+        self.read_in_precision = read_in_precision(fit) if "read_in" in parts else None
 
     def batch(self, recs: Recordings | None = None, **choice) -> Batch:
         batch = super().batch(recs, **choice)
@@ -316,7 +335,11 @@ class Adapter(Trainer):
         return dataclasses.replace(batch, embedding_statistics=free)
 
     def penalty(self, terms, batch: Batch) -> Tensor | float:
-        return -self.prior.of_batch(self.model, batch) / self.scale
+        log_prior = self.prior.of_batch(self.model, batch)
+        if self.read_in_precision is not None:
+            weight = self.guide.read_in.weight[self.guide.read_in.counts]
+            log_prior = log_prior - 0.5 * (self.read_in_precision * weight.square()).sum()
+        return -log_prior / self.scale
 
     def result(self) -> Fit:
         """The fit of all recordings as it stands."""

@@ -6,6 +6,7 @@ observed the system, so that similar systems come to lie alike.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 
 import torch
@@ -17,6 +18,7 @@ RIDGE = (
     0.02  # of the largest variance: keeps directions that hold only noise from being blown up by whitening
 )
 KERNELS = (0.7, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0)  # sd in bins
+SPREAD = math.log(2.0)  # sd of the logarithms of kernels' widths between recordings of a pool, about
 
 
 @dataclass(frozen=True)
@@ -27,13 +29,13 @@ class Frames:
         weight: ``(R, N, latent_dim)``.
         bias: ``(R, latent_dim)``.
         coordinates: ``w (R, K, T, latent_dim)``, smoothed over time where the data are noisy.
-        smoothing: sd of the Gaussian kernel, in bins; 0 is none.
+        smoothing: sd of every recording's Gaussian kernel, in bins; 0 is none.
     """
 
     weight: Tensor
     bias: Tensor
     coordinates: Tensor
-    smoothing: float
+    smoothing: tuple[float, ...]
 
     def of(self, features: Tensor, bins: Tensor) -> Frames:
         """The same frames, with the coordinates of other trials: their features ``(R, K, T, N)`` and bins seen."""
@@ -49,16 +51,17 @@ def canonical_frames(features: Tensor, bins: Tensor, dim: int, smoothing: float 
         features: ``(R, K, T, N)``, centred, zero where not seen.
         bins: ``(R, K, T)`` bool, where anything was seen.
         dim: number of latents.
-        smoothing: as :class:`Frames` has it; None finds the width that predicts a bin best from its neighbours.
+        smoothing: width of the kernels, in bins, around which those of the recordings are looked for; 0 is none, None
+            that which predicts a bin of all recordings best from its neighbours.
     """
     pairs = list(zip(features, bins, strict=True))
     basis = torch.stack([lagged_subspace(f, seen, dim) for f, seen in pairs])
     x = torch.stack([f @ b for f, b in zip(features, basis, strict=True)])
-    smoothing = smoothing_width(x, bins) if smoothing is None else smoothing
-    x = smooth(x, bins.unsqueeze(-1).to(x.dtype), smoothing)
+    widths = smoothing_widths(x, bins, smoothing)
+    x = smooth(x, bins.unsqueeze(-1).to(x.dtype), widths)
     matrix, offset = canonical_frame(x, bins)
     w = (x.flatten(1, 2) @ matrix + offset.unsqueeze(1)).reshape(x.shape)
-    return Frames(basis @ matrix, offset, w, smoothing)
+    return Frames(basis @ matrix, offset, w, widths)
 
 
 def canonical_frame(x: Tensor, seen: Tensor) -> tuple[Tensor, Tensor]:
@@ -129,17 +132,34 @@ def noise_share(x: Tensor, seen: Tensor) -> Tensor:
     return 1 - (4 * covariance(1) - covariance(2)) / (3 * covariance(0)).clamp(min=1e-12)
 
 
-def smoothing_width(x: Tensor, bins: Tensor) -> float:
-    """Width of the kernel that predicts a bin best from its neighbours; 0 where there is next to no noise.
+def smoothing_widths(x: Tensor, bins: Tensor, about: float | None = None) -> tuple[float, ...]:
+    """Width of every recording's kernel, which predicts its bins best from their neighbours; 0 with next to no noise.
+
+    Recordings of a pool are as noisy as their neurons are few or silent: a width that suits them all on the whole
+    blurs some and leaves others noisy. Where a recording's bins are too few to tell, its width is that of all.
 
     Args:
         x: projections ``(R, K, T, d)``.
         bins: ``(R, K, T)`` bool, where they were seen.
+        about: a width that is likely without data; default the one that is best for all recordings together.
     """
-    share = torch.stack([noise_share(a, b) for a, b in zip(x, bins, strict=True)]).mean()
-    if share < 0.05 or x.shape[-2] < 3:
-        return 0.0
+    if about is None:
+        share = torch.stack([noise_share(a, b) for a, b in zip(x, bins, strict=True)]).mean()
+        about = None if share >= 0.05 else 0.0
+    if about == 0.0 or x.shape[-2] < 3:
+        return (0.0,) * len(x)
     weight = bins.unsqueeze(-1).to(x.dtype)
     scale = ((x**2) * weight).sum((1, 2, 3), keepdim=True).clamp(min=1e-12)
-    errors = [(((smooth(x, weight, sd, leave_out=True) - x) ** 2) * weight / scale).sum() for sd in KERNELS]
-    return KERNELS[int(torch.stack(errors).argmin())]
+    errors = torch.stack(
+        [
+            (((smooth(x, weight, sd, leave_out=True) - x) ** 2) * weight / scale).sum((1, 2, 3))
+            for sd in KERNELS
+        ]
+    )
+    if about is None:
+        about = KERNELS[int(errors.sum(1).argmin())]
+    # As densities of errors of unknown size, and of widths. A bin counts once: its coordinates err together.
+    number = bins.sum((1, 2))
+    unlikely = 0.5 * number * errors.clamp(min=1e-12).log()
+    unlikely = unlikely + 0.5 * ((torch.tensor(KERNELS).to(x) / about).log() / SPREAD).square().unsqueeze(-1)
+    return tuple(KERNELS[index] for index in unlikely.argmin(0).tolist())

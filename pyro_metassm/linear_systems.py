@@ -46,7 +46,7 @@ class LinearSystems:
 def noisy_counts(model, guide, frames: Frames, batch: Batch) -> bool:
     """Whether these are data that linear systems are for: counts of single neurons, in frames that must be smoothed."""
     counts = all(bool(guide.read_in.counts[model.neurons.slice(name)].all()) for name in batch.names)
-    return frames.smoothing > 0 and counts and of_single_neurons(model, batch)
+    return max(frames.smoothing) > 0 and counts and of_single_neurons(model, batch)
 
 
 @torch.no_grad()
@@ -98,7 +98,7 @@ def _linear(z: Tensor, exists: Tensor) -> Chain:
     return Chain(dynamics, torch.linalg.inv(noise), z[:, :, 0].mean(1), torch.linalg.inv(spread))
 
 
-def regressed(features: Tensor, paths: Tensor, bins: Tensor, smoothing: float) -> Frames:
+def regressed(features: Tensor, paths: Tensor, bins: Tensor, smoothing: tuple[float, ...]) -> Frames:
     """Frames linear in the features, of which a guide makes its own."""
     seen = bins.unsqueeze(-1).to(paths.dtype)
     x = _with_one(smooth(features, seen, smoothing) * seen, seen).flatten(1, 2)
@@ -130,7 +130,7 @@ def frames_of_simulations(model, guide, e: Tensor, batch: Batch) -> Frames:
     seen = real[:, None, None].expand_as(y)
     bins = torch.ones_like(z[..., 0], dtype=torch.bool)
     drawn = dataclasses.replace(batch, observations=y * seen, mask=seen, time_mask=bins)
-    return regressed(guide.read_in.features(drawn), z, bins, float(guide.smoothing))
+    return regressed(guide.read_in.features(drawn), z, bins, tuple(guide.smoothing[batch.recording].tolist()))
 
 
 def _with_one(x: Tensor, one: Tensor) -> Tensor:

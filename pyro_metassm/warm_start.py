@@ -78,7 +78,7 @@ def _initialise(model, guide, recs, num_steps, seed, device, on_step, smooth_cou
         seen = batch.mask & batch.held_in[:, None, None, :]
         bins = seen.any(-1)  # (R, K, T)
         frames = canonical_frames(guide.read_in.features(batch), bins, model.latent_dim)
-        guide.smoothing.fill_(frames.smoothing)
+        guide.smoothing[batch.recording] = torch.tensor(frames.smoothing).to(guide.smoothing)
     rng = torch.Generator().manual_seed(seed)
     if smooth_counts and noisy_counts(model, guide, frames, batch):
         _initialise_smoothed(model, guide, recs, frames, batch, bins, num_steps, seed, rng, on_step)
@@ -369,7 +369,7 @@ def _write_noise(model, guide, z: Tensor, bins: Tensor, batch: Batch) -> None:
         shared = torch.zeros_like(variance)
         if pairs.any():
             shared = (residual[:, :, 1:] * residual[:, :, :-1])[pairs].mean(0)
-            if float(guide.smoothing) == 0:  # noise that is smoothed is not as this has it
+            if not guide.smoothing.any():  # noise that is smoothed is not as this has it
                 guide.start_posterior(torch.maximum(-shared, 0.05 * variance).sqrt())
         noise = torch.maximum(variance + 2 * shared, 0.05 * variance)
         model.process_noise.log_scale.copy_(noise.sqrt().clamp(0.002, 1.0).log())

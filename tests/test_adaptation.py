@@ -276,6 +276,39 @@ def test_counts(family):
     torch.testing.assert_close(ceiling, 2 * largest)
 
 
+def test_read_ins_of_counts_have_those_that_the_fit_has_learned_as_their_prior(old, fit, monkeypatch):
+    """A Normal's minus log density, up to its constant, besides the read-outs'; of real numbers there is none."""
+    counts = recordings(counts=True)
+    counts = Recordings([r._replace(held_out_neurons=np.arange(r.num_neurons) == 2) for r in counts.values()])
+    known = pm.fit(*parts(counts, pm.likelihoods.Poisson), counts.select(["a", "b"]), **FIT)
+    with torch.no_grad():  # as a start from the data leaves the neurons that the guide does not see
+        for name in counts:
+            known.guide.read_in.weight[known.model.neurons.slice(name)][2:3] = 0.0
+    rows = torch.cat([known.guide.read_in.weight[known.model.neurons.slice(name)] for name in ("a", "b")])
+    precision = adaptation.read_in_precision(known)
+    assert precision is not None and adaptation.read_in_precision(fit) is None
+    torch.testing.assert_close(1 / precision, rows[rows.any(-1)].square().mean(0))
+    seen, penalty = [], adaptation.Adapter.penalty
+
+    def watched(self, terms, batch):
+        found = penalty(self, terms, batch)
+        weight = self.guide.read_in.weight
+        normal = dist.Normal(torch.zeros(len(precision)), precision.rsqrt())
+        expected = normal.log_prob(torch.zeros(())).sum() * len(weight) - normal.log_prob(weight).sum()
+        seen.append((torch.as_tensor(found).detach(), (expected / self.scale).detach()))
+        return found
+
+    monkeypatch.setattr(adaptation.ReadOutPrior, "of_batch", lambda *_: torch.zeros(()))
+    monkeypatch.setattr(adaptation.Adapter, "penalty", watched)
+    pm.adapt(known, some(counts=True), **SMALL)
+    for found, expected in seen:
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-7)
+    assert len(seen) == 3 and float(seen[-1][1]) > 1e-3
+    seen.clear()
+    pm.adapt(known, some(counts=True), train="read_out", **SMALL)
+    assert [float(found) for found, _ in seen] == [0.0] * 3
+
+
 def test_double_precision(old):
     model, guide = parts(old)
     fit = pm.fit(model.double(), guide.double(), old, **FIT)

@@ -134,7 +134,7 @@ def test_frames_of_recordings_are_affine_in_the_neurons_and_smooth_where_the_dat
     seen[0, 3:5, 10:20] = False
     features = features * seen.unsqueeze(-1)
     exact = frames.canonical_frames(features, seen, 2)
-    assert exact.smoothing == 0.0
+    assert exact.smoothing == (0.0, 0.0)
     affine = (features.flatten(1, 2) @ exact.weight).unflatten(1, (40, 60)) + exact.bias[:, None, None]
     torch.testing.assert_close(exact.coordinates, affine)
     for r in range(2):  # as many coordinates as there are latents: nothing of these is lost
@@ -144,11 +144,11 @@ def test_frames_of_recordings_are_affine_in_the_neurons_and_smooth_where_the_dat
 
     noisy = (features + 0.5 * torch.randn_like(features)) * seen.unsqueeze(-1)
     found = frames.canonical_frames(noisy, seen, 2)
-    assert found.smoothing > 0
+    assert min(found.smoothing) > 0
     affine = (noisy.flatten(1, 2) @ found.weight).unflatten(1, (40, 60))
     expected = smooth(affine, seen.unsqueeze(-1).double(), found.smoothing) + found.bias[:, None, None]
     torch.testing.assert_close(found.coordinates, expected)
-    assert frames.canonical_frames(noisy, seen, 2, smoothing=0.0).smoothing == 0.0
+    assert frames.canonical_frames(noisy, seen, 2, smoothing=0.0).smoothing == (0.0, 0.0)
 
 
 def test_the_width_of_the_kernel_is_about_the_best_for_the_truth():
@@ -159,13 +159,34 @@ def test_the_width_of_the_kernel_is_about_the_best_for_the_truth():
         [(0.12 * torch.arange(80) + phase).sin(), (0.12 * torch.arange(80) + phase).cos()], -1
     )
     noisy, weight = signal + 0.7 * torch.randn_like(signal), torch.ones_like(signal[..., :1])
-    width = frames.smoothing_width(noisy, whole(noisy))
+    (width,) = frames.smoothing_widths(noisy, whole(noisy))
     errors = {
         sd: float((smooth(noisy, weight, sd) - signal).square().mean()) for sd in (0.0, *frames.KERNELS)
     }
     assert errors[width] < 1.15 * min(errors.values()) < 0.2 * errors[0.0]
-    assert frames.smoothing_width(signal, whole(signal)) == 0.0
-    assert frames.smoothing_width(noisy[:, :, :2], whole(noisy[:, :, :2])) == 0.0  # nothing to smooth over
+    assert frames.smoothing_widths(signal, whole(signal)) == (0.0,)
+    assert frames.smoothing_widths(noisy[:, :, :2], whole(noisy[:, :, :2])) == (
+        0.0,
+    )  # nothing to smooth over
+
+
+def test_every_recording_of_a_pool_has_the_kernel_about_that_it_has_alone_and_few_bins_that_of_the_others():
+    torch.manual_seed(0)
+    phase = 6.3 * torch.rand(1, 60, 1)
+    signal = torch.stack([(0.12 * torch.arange(80) + phase + turn).sin() for turn in (0.0, 1.57)], -1)
+    pool = torch.cat([signal + sd * torch.randn_like(signal) for sd in (0.5, 2.5)])
+    alone = [frames.smoothing_widths(x, whole(x))[0] for x in pool.unsqueeze(1)]
+    together = frames.smoothing_widths(pool, whole(pool))
+    assert alone[0] < alone[1] and together[0] < together[1]
+    for one, other in zip(
+        alone, together, strict=True
+    ):  # to a kernel: what lies together is a little likelier
+        assert abs(frames.KERNELS.index(one) - frames.KERNELS.index(other)) <= 1
+    few = whole(pool).clone()
+    few[0, 0, 3:], few[0, 1:] = False, False  # three bins
+    assert frames.smoothing_widths(pool, few) == (together[1], together[1])
+    assert frames.smoothing_widths(pool, few, about=4.0)[0] == 4.0
+    assert frames.smoothing_widths(pool, whole(pool), about=0.0) == (0.0, 0.0)
 
 
 def test_lagged_subspace_ignores_noise_that_is_independent_from_bin_to_bin():

@@ -62,7 +62,7 @@ def test_coordinates_are_canonical_and_frames_are_their_regression(counts):
     torch.testing.assert_close(flat.mean(1), torch.zeros(2, 2), rtol=0, atol=1e-3)
     # White up to the ridge of canonical frames.
     assert (flat.var(1) < 1.01).all() and (flat.var(1) > 0.7).all()
-    assert found.frames.smoothing == frames.smoothing > 0
+    assert found.frames.smoothing == frames.smoothing and min(frames.smoothing) > 0
     again = found.frames.of(features, bins).coordinates
     torch.testing.assert_close(again, found.frames.coordinates)
     # Least squares leaves what is orthogonal to the smoothed features, the constant among them.
@@ -128,7 +128,7 @@ def test_frames_of_simulations_read_other_trials_better_than_those_of_one_trial(
     one, bins, batch = draw(1)
     other, others, more = draw(12)
     features = guide.read_in.features(more)
-    of_one = regressed(guide.read_in.features(batch), one, bins, float(guide.smoothing))
+    of_one = regressed(guide.read_in.features(batch), one, bins, tuple(guide.smoothing.tolist()))
     simulated = frames_of_simulations(model, guide, e, batch)
     few, many = (
         float((frames.of(features, others).coordinates - other).square().mean())

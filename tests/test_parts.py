@@ -211,6 +211,22 @@ def test_smoothing_is_a_weighted_mean_and_can_leave_a_bin_out():
     assert smooth(spike, torch.ones_like(x), 1.5, leave_out=True)[0, 0, 4, 0] == 0.0
 
 
+@pytest.mark.parametrize("leave_out", [False, True])
+def test_recordings_with_kernels_of_their_own_are_smoothed_as_each_alone(leave_out):
+    x, weight = torch.randn(4, 3, 20, 2), (torch.rand(4, 3, 20, 1) > 0.2).float()
+    widths = [1.0, 3.0, 0.0, 1.0]
+    found = smooth(x, weight, widths, leave_out=leave_out)
+    for r, width in enumerate(widths):
+        if width or not leave_out:
+            alone = smooth(x[r : r + 1], weight[r : r + 1], width, leave_out=leave_out)[0]
+            seen = (
+                weight[r].bool().expand_as(alone) if not width else torch.ones_like(alone, dtype=torch.bool)
+            )
+            torch.testing.assert_close(found[r][seen], alone[seen])
+    same = smooth(x, weight, [2.0] * 4, leave_out=leave_out)
+    assert torch.equal(same, smooth(x, weight, 2.0, leave_out=leave_out))
+
+
 @pytest.mark.parametrize("kind", concrete(pm.guides.encoders, EmbeddingEncoder))
 def test_encoders_do_not_see_padding(kind):
     """Trials of one bin, of several, with a gap: alone, and among longer ones in any padding."""

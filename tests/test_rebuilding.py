@@ -51,7 +51,7 @@ PER_NEURON = {
     "guide.read_in.weight", "guide.read_in.center", "guide.read_in.scale", "guide.read_in.counts",
 }  # fmt: skip
 PER_RECORDING = {
-    "model.noise", "model.kind", "guide.read_in.bias", "guide.tilt",
+    "model.noise", "model.kind", "guide.read_in.bias", "guide.smoothing", "guide.tilt",
 }  # fmt: skip
 
 

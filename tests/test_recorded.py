@@ -12,8 +12,8 @@ from pyro_metassm import cli
 from pyro_metassm.experiments import decisions, pooling, pooling_report, reaching, recorded
 
 TINY = pooling.Setting(
-    latent_dim=2, num_steps=3, warm_start_steps=3, trials_per_step=4, adapt_steps=2, num_starts=4, search_steps=3,
-    shots=(4, 16), context=2, horizon=3, num_samples=3,
+    latent_dim=2, num_steps=3, warm_start_steps=3, trials_per_step=4, scratch_steps=2, adapt_steps=2, num_starts=4,
+    search_steps=3, shots=(4, 16), context=2, horizon=3, num_samples=3,
 )  # fmt: skip
 
 

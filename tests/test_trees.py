@@ -294,7 +294,9 @@ def test_memory_is_what_was_stated(at_once):
 def test_statistics_take_no_memory_for_the_draws(wide, monkeypatch):
     recs, fit = wide
     num = 100
-    monkeypatch.setattr(draws, "ELEMENTS", num * 10 * (50 + draws.NETWORK_WIDTH))  # the draws of one trial at a time
+    monkeypatch.setattr(
+        draws, "ELEMENTS", num * 10 * (50 + draws.NETWORK_WIDTH)
+    )  # the draws of one trial at a time
     one = 4 * num * 10 * (50 + 2)
     kept = one + 4 * 7 * 30 * 10 * (50 + 2)
     found = peak(

@@ -94,9 +94,9 @@ def test_the_read_in_reproduces_the_states_of_the_stage(noise):
     """Whatever the frames, with and without smoothing, to rounding."""
     _, guide, batch, bins = parts(data(noise))
     frames = canonical_frames(guide.read_in.features(batch), bins, 2)
-    assert (frames.smoothing > 0) == (noise > 0)
+    assert all((width > 0) == (noise > 0) for width in frames.smoothing)
     tied = TiedFrames(torch.randn(2, 2, 2).double(), torch.randn(2, 2).double())
-    guide.smoothing.fill_(frames.smoothing)
+    guide.smoothing.copy_(torch.tensor(frames.smoothing))
     warm_start.write_read_in(guide, frames, tied.frame, tied.offset, batch)
     with torch.no_grad():
         ybar, z, _ = guide.common_space(batch)

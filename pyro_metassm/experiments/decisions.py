@@ -39,6 +39,7 @@ SMALL = {
         latent_dim=4,
         num_steps=100,
         warm_start_steps=100,
+        scratch_steps=100,
         adapt_steps=150,
         num_starts=32,
         search_steps=40,

@@ -22,7 +22,14 @@ BIN = 0.1  # s; nearest to it are summed bins of recordings that come in finer o
 LEAST_HZ, COPIES = 0.5, 0.8
 FULL = Setting()
 SMALL = replace(
-    FULL, num_steps=300, warm_start_steps=200, adapt_steps=200, num_starts=64, search_steps=60, shots=(16,)
+    FULL,
+    num_steps=300,
+    warm_start_steps=200,
+    scratch_steps=150,
+    adapt_steps=200,
+    num_starts=64,
+    search_steps=60,
+    shots=(16,),
 )
 MOST_TRIALS = 300  # of a recording, the first ones: before a change of the task, where there is one
 SMALL_SIZES = {"trials": 120}

@@ -61,18 +61,22 @@ def read(
             kept as ``attrs["true_bin_width"]``.
     """
     recording = summed(io.read(path), factor)
-    rate = recording.values.sum((0, 1), dtype=np.float64) / np.maximum(recording.mask.sum((0, 1)), 1)
-    active = rate / recording.bin_width >= least_hz
     more = {
         "neurons_in_file": recording.num_neurons,
         "true_bin_width": recording.bin_width,
         "least_hz": least_hz,
     }
-    recording = of_neurons(recording, active)
-    recording = of_neurons(recording, ~_copies(recording, copies)) if copies < 1 else recording
+    recording = active(recording, least_hz, copies)
     return recording._replace(
         attrs=recording.attrs | more, bin_width=recording.bin_width if bin_width is None else bin_width
     )
+
+
+def active(recording: Recording, least_hz: float, copies: float = 1.0) -> Recording:
+    """The recording without neurons below a mean rate and without copies of others, as of :func:`read`."""
+    rate = recording.values.sum((0, 1), dtype=np.float64) / np.maximum(recording.mask.sum((0, 1)), 1)
+    recording = of_neurons(recording, rate / recording.bin_width >= least_hz)
+    return of_neurons(recording, ~_copies(recording, copies)) if copies < 1 else recording
 
 
 def bin_width_of(path: Path) -> float:
