@@ -28,8 +28,9 @@ def smooth(x: Tensor, weight: Tensor, sd: float | Sequence[float], leave_out: bo
     reach = min(int(4 * max(widths)) + 1, x.shape[-2])
     lag = torch.arange(-reach, reach + 1, dtype=x.dtype)
     # On the host: a width of (nearly) none has a kernel of one bin.
-    kernel = torch.exp(-0.5 * (lag / torch.tensor(widths, dtype=x.dtype).clamp(min=1e-3).view(-1, 1, 1)) ** 2)
-    kernel = kernel.to(x.device)
+    width = torch.tensor(widths, dtype=x.dtype).view(-1, 1, 1)
+    kernel = torch.exp(-0.5 * (lag / width.clamp(min=1e-3)) ** 2)
+    kernel = (kernel * (lag.abs() <= (4 * width).floor() + 1)).to(x.device)  # its own reach among wider ones
     if leave_out:
         kernel[..., reach] = 0.0
 

@@ -557,8 +557,16 @@ def test_spearman_against_scipy():
     assert limit_cycles.spearman(x, y) == pytest.approx(spearmanr(x, y).statistic)
 
 
-def test_harder_variants(tmp_path):
-    base, parts = replace(TINY, shots=(1,), draws=(1,), shown=0), [n for n in harder.NAMES if n != "ablation"]
+@pytest.mark.parametrize(
+    "parts",
+    [
+        ["noise-10", "noise-100", "lorenz"],
+        pytest.param([name for name in harder.NAMES if name != "ablation"], marks=pytest.mark.slow),
+    ],
+    ids=["some", "all"],
+)
+def test_harder_variants(parts, tmp_path):
+    base = replace(TINY, shots=(1,), draws=(1,), shown=0)
     numbers = harder.run(tmp_path, parts=parts, settings=base, say=quiet)
     rows = {(row["variant"], row["n_s"]): row for row in numbers["table"]}
     assert set(rows) == {(variant, n) for variant in parts for n in (0, 1)}
@@ -572,6 +580,7 @@ def test_harder_variants(tmp_path):
         assert row["k"] == min(round(time / unseen.bin_width), base.scoring.horizon)
 
 
+@pytest.mark.slow
 def test_the_way_to_our_recipe(tmp_path):
     base = replace(TINY, shots=(1,), draws=(1,), shown=0)
     numbers = harder.run(tmp_path, parts=["ablation"], settings=base, say=quiet)
