@@ -72,11 +72,12 @@ class Zarr(Target):
                 place.write_bytes(data)
         for name, target in links.items():
             place = self.path / name
-            if place.is_dir():
+            if not (place.parent.is_dir() and place.parent.resolve().is_relative_to(self.path.resolve())):
+                continue  # under a file, or under another link: the secret is not to be changed
+            if place.is_dir() and not place.is_symlink():
                 shutil.rmtree(place)
             place.unlink(missing_ok=True)
-            if place.parent.is_dir():
-                place.symlink_to(target)
+            place.symlink_to(target)
 
     def _change(self, rng: Random, files: dict[Path, bytes], links: dict[Path, Path]) -> None:
         about = sorted(name for name in files if name.name == "zarr.json")
