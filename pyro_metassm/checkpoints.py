@@ -16,7 +16,7 @@ from safetensors.torch import save as to_bytes
 from pyro_metassm import specification as specifications
 from pyro_metassm import writing
 from pyro_metassm.history import History
-from pyro_metassm.io._files import said
+from pyro_metassm.io._files import printable, said
 from pyro_metassm.resuming import check_state
 
 if TYPE_CHECKING:
@@ -134,7 +134,9 @@ class Run:
         found = header.get("specification")
         here = json.loads(json.dumps(self.specification))
         if found != here:
-            told = specifications.differences(here, found) if isinstance(found, dict) else "all of it"
+            told = (
+                printable(specifications.differences(here, found)) if isinstance(found, dict) else "all of it"
+            )
             raise ValueError(
                 f"checkpoint {path}: needed the state of this fit, got that of another specification (it differs "
                 f"in {told}); choose another folder, or delete this one"
@@ -143,9 +145,10 @@ class Run:
     def _warn_of_environment(self, path: Path, then: Any, device: torch.device) -> None:
         now = specifications.environment(device)
         if isinstance(then, dict) and then != now:
+            told = printable(specifications.differences(now, then))
             warnings.warn(
-                f"checkpoint {path} was written elsewhere ({specifications.differences(now, then)}): the fit goes "
-                "on, but its numbers may not be those of an uninterrupted one to the last digit",
+                f"checkpoint {path} was written elsewhere ({told}): the fit goes on, but its numbers may not be those "
+                "of an uninterrupted one to the last digit",
                 stacklevel=4,
             )
 
@@ -231,9 +234,10 @@ def _read(path: Path) -> tuple[dict, dict[str, torch.Tensor]]:
     if not isinstance(header, dict) or metadata.get("digest") != _digest(text, tensors):
         raise _Unreadable(f"checkpoint {path}: needed a safetensors file of a fit, got one that is damaged")
     if header.get("format") != FORMAT:
+        got, where = (printable(str(header.get(key))) for key in ("format", "environment"))
         raise ValueError(
-            f"checkpoint {path}: needed format {FORMAT}, got {header.get('format')}, written by another version "
-            f"({header.get('environment')}); finish the fit with that one, or choose another folder"
+            f"checkpoint {path}: needed format {FORMAT}, got {got}, written by another version "
+            f"({where}); finish the fit with that one, or choose another folder"
         )
     return header, tensors
 

@@ -375,6 +375,22 @@ def test_other_formats_and_what_is_no_state_are_refused(recs, tmp_path, monkeypa
         last.write_bytes(good)
 
 
+@pytest.mark.parametrize("key", ["format", "environment", "specification"])
+def test_what_a_state_says_is_not_printed_as_it_is(key, recs, tmp_path, monkeypatch):
+    """NUL and colours of a terminal, in a refusal and in a warning."""
+    crashed(recs, tmp_path, monkeypatch)
+    last, bad = tmp_path / "step_00000004.safetensors", "\0\x1b[31m"
+    with safe_open(last, "pt") as file:
+        there = json.loads(file.metadata()["checkpoint"])[key]
+    part = "device" if key == "environment" else "model"
+    forged(last, **{key: there | {part: bad} if isinstance(there, dict) else bad})
+    told = pytest.warns(UserWarning) if key == "environment" else pytest.raises(ValueError)
+    with told as caught:
+        pm.fit(*parts(recs), recs, **SHORT, checkpoint=tmp_path)
+    text = str(caught[0].message if key == "environment" else caught.value)
+    assert "??[31m" in text and text.isprintable()
+
+
 def test_a_state_of_another_machine_is_taken_up_and_told(recs, tmp_path, monkeypatch):
     """One that was written with a GPU goes on without."""
     expected = pm.fit(*parts(recs), recs, **SHORT)

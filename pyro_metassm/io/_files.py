@@ -45,7 +45,11 @@ def naming(path: str | os.PathLike[str], what: str) -> Iterator[None]:
 
 def said(error: BaseException) -> str:
     """The text of an error, with its kind where that is no ``ValueError`` and so may not be in words for a user."""
-    text = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
+    return printable(str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}")
+
+
+def printable(text: str) -> str:
+    """A text that a file holds, for a message: no NUL, no colours of a terminal."""
     return "".join(letter if letter.isprintable() or letter == "\n" else "?" for letter in text)
 
 

@@ -11,7 +11,7 @@ import h5py
 import numpy as np
 
 from pyro_metassm.io._files import naming, reading, refuse_claims
-from pyro_metassm.io._hdf5 import own, refuse_foreign
+from pyro_metassm.io._hdf5 import own, refuse_foreign, to_read
 from pyro_metassm.io.structures import from_dict
 from pyro_metassm.recordings import Recording
 
@@ -151,7 +151,7 @@ def _item(file: Any, item: Any, budget: Budget, depth: int) -> Any:
     kind = kind.decode() if isinstance(kind, bytes) else str(kind)
     if item.dtype.kind == "O":
         return _references(file, item, budget, depth)
-    budget.take(math.prod(item.shape or ()) * item.dtype.itemsize)
+    budget.take(to_read(item))
     if item.dtype.kind not in "biuf" or "MATLAB_object_decode" in item.attrs:
         return "" if kind == "char" else None
     if "MATLAB_empty" in item.attrs:  # then the numbers are the sizes
@@ -168,5 +168,5 @@ def _item(file: Any, item: Any, budget: Budget, depth: int) -> Any:
 def _references(file: Any, item: Any, budget: Budget, depth: int) -> list[Any]:
     if h5py.check_ref_dtype(item.dtype) is not h5py.Reference:
         raise ValueError(f"needed references in {item.name}, got {item.dtype}")
-    budget.take(math.prod(item.shape or ()) * ITEM)
+    budget.take(math.prod(item.shape or ()) * ITEM + to_read(item))
     return [_item(file, file[reference], budget, depth + 1) for reference in np.ravel(item[()])]

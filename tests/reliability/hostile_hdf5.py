@@ -144,7 +144,8 @@ class Hdf5(Target):
                 if kind_of == h5py.ref_dtype:
                     new[...] = file[rng.choice((*self.groups, *self.names, name))].ref
                 elif rng.random() < 0.5:
-                    new[...] = "long" * rng.choice((1, 1000, 100_000))
+                    longest = 100_000 if new.size < 1000 else 1000  # a file of 2 GB may take as much
+                    new[...] = "long" * rng.choice((1, 1000, longest))
             case 10:
                 del file[rng.choice((name, name, rng.choice(self.groups[1:] or [name])))]
                 return

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 from pathlib import Path
@@ -65,15 +66,18 @@ class Zarr(Target):
             self._change(rng, files, links)
         for name, data in files.items():
             place = self.path / name
-            place.parent.mkdir(parents=True, exist_ok=True)
-            place.write_bytes(data)
+            with contextlib.suppress(FileExistsError, NotADirectoryError, IsADirectoryError):
+                # one name may be a file and a folder
+                place.parent.mkdir(parents=True, exist_ok=True)
+                place.write_bytes(data)
         for name, target in links.items():
             place = self.path / name
-            if place.is_dir():
+            if not (place.parent.is_dir() and place.parent.resolve().is_relative_to(self.path.resolve())):
+                continue  # under a file, or under another link: the secret is not to be changed
+            if place.is_dir() and not place.is_symlink():
                 shutil.rmtree(place)
             place.unlink(missing_ok=True)
-            if place.parent.is_dir():
-                place.symlink_to(target)
+            place.symlink_to(target)
 
     def _change(self, rng: Random, files: dict[Path, bytes], links: dict[Path, Path]) -> None:
         about = sorted(name for name in files if name.name == "zarr.json")
@@ -82,7 +86,7 @@ class Zarr(Target):
         kind = rng.randrange(12)
         try:
             said = json.loads(files[one])
-        except ValueError:
+        except (ValueError, RecursionError):  # of a change before
             kind, said = 10, None
         array = rng.choice([name for name in about if len(name.parts) == 3])
         match kind:
@@ -109,7 +113,7 @@ class Zarr(Target):
                                               "dimension_names", "codecs"))  # fmt: skip
                             said[key] = rng.choice(mutations.VALUES)
                     files[array] = json.dumps(said).encode()
-                except (ValueError, KeyError, TypeError, IndexError):
+                except (ValueError, KeyError, TypeError, IndexError, RecursionError):
                     files[array] = b"{}"
             case 5:  # the recording within the attributes of its group
                 group = next(name for name in about if len(name.parts) == 2)
@@ -120,7 +124,7 @@ class Zarr(Target):
                         "utf-8", "replace"
                     )
                     files[group] = json.dumps(said).encode()
-                except (ValueError, KeyError, TypeError):
+                except (ValueError, KeyError, TypeError, RecursionError):
                     del files[group]
             case 6:
                 files[rng.choice(chunks)] = mutations.some_bytes(rng, files[rng.choice(chunks)])

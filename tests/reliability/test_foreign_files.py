@@ -17,7 +17,9 @@ from pyro_metassm.checkpoints import _read
 
 
 @pytest.mark.parametrize("kind", [Nlb, Mat, Nwb])
-@pytest.mark.parametrize("how", ["external link", "external data", "virtual data", "never written"])
+@pytest.mark.parametrize(
+    "how", ["external link", "external data", "virtual data", "never written", "tiny chunks"]
+)
 def test_no_other_file_is_read_and_no_size_believed(kind, how, tmp_path):
     target = kind(tmp_path)
     name = {"Nlb": "train_spikes_heldin", "Mat": "trials/spikes", "Nwb": "units/spike_times"}[kind.__name__]
@@ -40,11 +42,23 @@ def test_no_other_file_is_read_and_no_size_believed(kind, how, tmp_path):
                 shape = (10**9,) if kind is Nwb else (1000, 1000, 1000)
                 dtype = h5py.ref_dtype if kind is Mat else "f8"
                 file.create_dataset(name, shape, dtype, chunks=(10,) * len(shape))
+            case "tiny chunks":  # few bytes, but HDF5 takes 2.3 GiB to read them
+                message = r"at most 512 bytes for each byte of the file, got 25\d{8} for"
+                shape = (10**7,) if kind is Nwb else (1, 10**7)
+                file.create_dataset(name, shape, "u1", chunks=(1, 16)[-len(shape) :])
         if how != "external link":
             file[name].attrs.update(kept)
     with pytest.raises(ValueError, match=message) as caught:
         target.read()
     assert str(caught.value).startswith(str(target.path))
+
+
+def test_tiny_chunks_that_are_there_are_read(tmp_path):
+    target = Nlb(tmp_path)
+    counts = np.random.default_rng(0).poisson(1.0, (20, 30, 20))
+    with h5py.File(target.path, "w") as file:
+        file.create_dataset("train_spikes_heldin", data=counts.astype("u1"), chunks=(1, 1, 1))
+    assert np.array_equal(pm.read_nlb(target.path, bin_width=0.02).values, counts)
 
 
 def test_cells_that_hold_themselves(tmp_path):
