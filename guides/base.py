@@ -64,7 +64,7 @@ class AmortizedGuide(nn.Module, ABC):
         self.smoothing: Tensor
         # Sd of the Gaussian kernel of every recording's frame, in bins; 0 is none.
         self.register_buffer("smoothing", torch.zeros(len(model.neurons.names)))
-        self._read: tuple[Tensor | None, int, tuple[float, ...]] = (None, 0, ())
+        self._read: tuple[Tensor | None, int, dict[str, float]] = (None, 0, {})
 
     @property
     def model(self) -> MetaSSM:
@@ -111,8 +111,9 @@ class AmortizedGuide(nn.Module, ABC):
     def _widths(self, batch: Batch) -> list[float]:
         """``smoothing`` as numbers, read again only after it has changed: reading it makes the host wait for a GPU."""
         if self._read[0] is not self.smoothing or self._read[1] != self.smoothing._version:
-            self._read = (self.smoothing, self.smoothing._version, tuple(self.smoothing.tolist()))
-        return [self._read[2][self.read_in.neurons.names.index(name)] for name in batch.names]
+            widths = dict(zip(self.read_in.neurons.names, self.smoothing.tolist(), strict=True))
+            self._read = (self.smoothing, self.smoothing._version, widths)
+        return [self._read[2][name] for name in batch.names]
 
     def embedding_statistics(self, frame: Tensor, share: Tensor, batch: Batch) -> Tensor:
         """Mean over the trials that have data of the encoder's mean and variance, ``(R, 2 embedding_dim)`` (eq. 15).

@@ -49,7 +49,8 @@ def take_steps(model, guide, recs) -> None:
     guide.read_in.start(recs)
     model.to(META).train(), guide.to(META).train()
     # Read once when it is set, which is before the first step.
-    guide._read = (guide.smoothing, guide.smoothing._version, (1.5,) * len(guide.smoothing))
+    widths = dict.fromkeys(guide.read_in.neurons.names, 1.5)
+    guide._read = (guide.smoothing, guide.smoothing._version, widths)
     choice = Options(50, 3, None, 1e-2, False, 0, 1.0, 1e-4, 0)
     trainer = Trainer(model, guide, recs, choice, META)
     for _ in range(SETTLE - 1):
