@@ -179,7 +179,8 @@ def _state(trainer, specification: dict) -> bytes:
         "seconds": trainer.seconds,
         "validated": trainer.validated,
         "skipped": trainer.history.skipped_as_plain(),
-        "groups": optimizer["param_groups"],
+        # Of the options of Adam nothing but the rate changes, and which there are depends on device and version.
+        "rates": [group["lr"] for group in optimizer["param_groups"]],
         "schedule": {
             k: v for k, v in trainer.schedule.state_dict().items() if isinstance(v, int | float | list)
         },
@@ -198,9 +199,8 @@ def _restore(trainer, header: dict, tensors: dict[str, torch.Tensor]) -> None:
     for key, value in _part(tensors, "optimizer.").items():
         index, name = key.split(".", 1)
         state.setdefault(int(index), {})[name] = value
-    # Of the options of Adam nothing but the rate changes, and a few depend on the device.
     groups = trainer.optimizer.state_dict()["param_groups"]
-    groups = [own | {"lr": there["lr"]} for own, there in zip(groups, header["groups"], strict=True)]
+    groups = [own | {"lr": rate} for own, rate in zip(groups, header["rates"], strict=True)]
     trainer.optimizer.load_state_dict({"state": state, "param_groups": groups})
     trainer.schedule.load_state_dict(header["schedule"])
     trainer.rng.bit_generator.state = header["numpy_rng"]
