@@ -20,9 +20,10 @@ def rollout_errors(model, guide, recs: Recordings, statistics: Tensor, seed: int
     r"""Mean squared error of noise-free roll-outs of up to 25 bins, by recording, in variances of its latents.
 
     ``mean_t (z_t - f^t(z_0))^T S^-1 (z_t - f^t(z_0)) / d``, for stretches of the guide's frame ``z`` with covariance
-    ``S`` over the recording, at the mean of its embedding, by the model's ``dynamics_of`` alone: what its transition
-    adds (inputs) and what its trials differ in (``trial_embedding``) count as error. It is what
-    :func:`pyro_metassm.adapt` reports of new recordings, so that these can be compared with the known ones.
+    ``S`` over the recording, drawn as :class:`~pyro_metassm.windows.Windows` does, at the mean of its embedding, by the
+    model's ``dynamics_of`` alone: what its transition adds (inputs) and what its trials differ in (``trial_embedding``)
+    count as error. It is what :func:`pyro_metassm.adapt` reports of new recordings, so that these can be compared with
+    the known ones.
 
     Args:
         model, guide: fitted.
@@ -40,19 +41,20 @@ def rollout_errors(model, guide, recs: Recordings, statistics: Tensor, seed: int
         rows = trial_chunks(recs, name)[0][:TRIALS]
         batch = recs.batch(model.names, names=[name], trials={name: rows}, dtype=row.dtype, device=row.device)
         _, z, share = guide.common_space(batch)
-        windows = Windows(z, (share > 0).squeeze(-1))
+        bins = (share > 0).squeeze(-1)
+        frame, offset = _whitening(z[0][bins[0]])
+        tied = TiedFrames(frame.unsqueeze(0), offset.unsqueeze(0))
+        windows = Windows(tied.coordinates(z), bins)
         length = growing(1.0, windows.longest)
         target, seen = windows.draw(WINDOWS, length, rng)
         if not bool((seen[..., 1:] & seen[..., :1]).any()):
             result[name] = float("nan")
             continue
-        frame, offset = _whitening(z[0][windows.bins[0]])
-        tied = TiedFrames(frame.unsqueeze(0), offset.unsqueeze(0))
         e = guide.embedding_posterior(row).mean
         # A fit that failed may be anywhere.
         with pyro.validation_enabled(False), model.given(guide.global_sites.medians()):
             dynamics = model.dynamics_of(e, batch.recording)
-            error = tied.roll_out_error(dynamics, tied.coordinates(target), seen)
+            error = tied.roll_out_error(dynamics, target, seen)
         result[name] = float(error)
     return result
 

@@ -224,9 +224,9 @@ class DynamicsFirst(TiedFrames):
     """Roll-outs of the adapted dynamics in learned frames, ``w = z F + o``, with an amortised embedding.
 
     Loss: the squared error of noise-free roll-outs against the canonical coordinates ``w`` (unit variance), over
-    lengths that grow from 5 to 25 bins, plus small weights on the KL of the embedding and on the divergence between
-    the spread of a recording's read-outs and that of all. The latter keeps one scale for all recordings: their data
-    alone would let each have its own, and a small oscillation would look as a large one does.
+    lengths that grow from 5 to 25 bins, plus a small weight on the KL of the embedding and a larger one on the
+    divergence between the spread of a recording's read-outs and that of all. The latter keeps one scale for all
+    recordings: their data alone would let each have its own, and a small oscillation would look as a large one does.
 
     Args:
         model, guide: what is started.
@@ -239,7 +239,7 @@ class DynamicsFirst(TiedFrames):
 
     num_windows = 32  # per recording and step
     kl_weight = 1e-4
-    tuning_weight = 1e-2
+    tuning_weight = 0.3  # with less of it recordings of one family part: each group of a size of its own
     rates = (1e-2, 3e-2)  # peak learning rates of the networks and of the frames
 
     def __init__(

@@ -10,13 +10,18 @@ from torch import Tensor, nn
 from pyro_metassm.dynamics import AdaptedMLP
 
 LENGTHS = (5, 25)  # bins of roll-outs, at first and from half of the steps on
+FAR = 10.0  # variances from the mean from which on a bin is no likelier to begin a window
 
 
 class Windows:
-    """Stretches of canonical coordinates where trials have data.
+    r"""Stretches of canonical coordinates where trials have data.
+
+    They begin at a bin with probability proportional to ``1 + |w|^2 / d`` (at most ``1 + FAR``): half of them anywhere,
+    half by leverage, the bin's share in the second moment of ``w``. States far from rest are few, in the first bins of
+    long trials often, and nothing else says what the flow is there; forecasts from there are lost without.
 
     Args:
-        w: ``(R, K, T, d)``.
+        w: ``(R, K, T, d)``, of about unit variance.
         bins: ``(R, K, T)`` bool, where anything was seen.
     """
 
@@ -26,15 +31,13 @@ class Windows:
         self.ends = (bins * torch.arange(1, time + 1, device=w.device)).amax(
             -1
         )  # one after the last bin with data
-        self.number = bins.cumsum(-1)  # of the bins with data up to each
-        self.seen_bins = (
-            (~bins).to(torch.uint8).argsort(dim=-1, stable=True)
-        )  # these bins, the others after them
-        with_data = bins.any(-1)
-        with_data |= ~with_data.any(
+        weight = (1 + w.detach().square().mean(-1).clamp(max=FAR)).where(bins, 0.0)
+        self.cumulative = weight.cumsum(-1)
+        of_trials = self.cumulative[..., -1]
+        of_trials = of_trials + ~bins.any(-1).any(
             -1, keepdim=True
         )  # of a recording without data any, so that there is something
-        self.trials_with_data = with_data.to(torch.float32).cpu()
+        self.of_trials = of_trials.to(torch.float32).cpu()
         self.rows = torch.arange(len(w), device=w.device)[:, None, None]
 
     @property
@@ -45,13 +48,13 @@ class Windows:
     def draw(self, number: int, length: int, rng: torch.Generator) -> tuple[Tensor, Tensor]:
         """``number`` windows of each recording, ``(R, V, length + 1, d)``, and which of their bins were seen, bool.
 
-        They begin at a random bin with data, early enough to end before the data do, or at the first of them.
+        They begin at a bin with data, early enough to end before the data do, or at the first of them.
         """
         trials = self._trials(number, rng).unsqueeze(-1)
         last = (self.ends[self.rows, trials] - length - 1).clamp(min=0)
-        choices = self.number[self.rows, trials, last].clamp(min=1)
-        choice = (torch.rand(len(self.w), number, 1, generator=rng).to(self.w.device) * choices).long()
-        start = self.seen_bins[self.rows, trials, choice]
+        cumulative = self.cumulative[self.rows[..., 0], trials[..., 0]]  # (R, V, T)
+        share = torch.rand(len(self.w), number, 1, generator=rng).to(cumulative)
+        start = torch.searchsorted(cumulative, share * cumulative.gather(-1, last), right=True)
         times = start + torch.arange(length + 1, device=start.device)
         inside, times = times < self.w.shape[-2], times.clamp(max=self.w.shape[-2] - 1)
         return self.w[self.rows, trials, times], self.bins[self.rows, trials, times] & inside
@@ -63,8 +66,8 @@ class Windows:
 
     def _trials(self, count: int, rng: torch.Generator) -> Tensor:
         """Random trials that have data, ``(R, count)``: all different where there are enough."""
-        enough = bool((self.trials_with_data.sum(-1) >= count).all())
-        picked = torch.multinomial(self.trials_with_data, count, replacement=not enough, generator=rng)
+        enough = bool(((self.of_trials > 0).sum(-1) >= count).all())
+        picked = torch.multinomial(self.of_trials, count, replacement=not enough, generator=rng)
         return picked.to(self.w.device)
 
 

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from pyro_metassm.dynamics import LowRankMLP
-from pyro_metassm.windows import LENGTHS, TiedFrames, Windows, growing, roll_out
+from pyro_metassm.windows import FAR, LENGTHS, TiedFrames, Windows, growing, roll_out
 
 
 def rng(seed=0):
@@ -45,21 +45,38 @@ def test_windows_lie_where_trials_have_data(length):
             last = int(bins[r, k].nonzero().max()) - length if bins[r, k].any() else -1
             possible = [t for t in range(40) if bins[r, k, t] and t <= last]
             assert sorted(set(starts.tolist())) == possible  # all of them, and no others
-            if possible:  # equally often: within five standard deviations
-                counts = torch.bincount(starts, minlength=40)[possible] / len(starts)
-                p = 1 / len(possible)
-                assert (counts - p).abs().max() < 5 * (p * (1 - p) / len(starts)) ** 0.5 + 1e-6
 
 
-def test_all_trials_with_data_are_drawn_alike_and_none_twice_where_there_are_enough():
+def leverage(w):
+    """How often a window begins at a bin, up to a constant."""
+    return 1 + w.square().mean(-1).clamp(max=FAR)
+
+
+def close(counts, p, number):
+    """Within five standard deviations."""
+    return bool(((counts / number - p).abs() <= 5 * (p * (1 - p) / number).sqrt() + 1e-6).all())
+
+
+@pytest.mark.parametrize("scale", [0.01, 0.1, 1.0])
+def test_windows_begin_anywhere_and_oftener_far_from_rest(scale):
+    """From nearly all alike to nearly all at the bound."""
+    bins = some_bins()
+    w = scale * numbered(bins)
+    found, _ = Windows(w, bins).draw(20_000, 10, rng())
+    _, trial, time = (found[:, :, 0] / scale).round().long().unbind(-1)
+    for r in range(2):
+        of_trials = (leverage(w[r]) * bins[r]).sum(-1)
+        assert close(torch.bincount(trial[r], minlength=6), of_trials / of_trials.sum(), 20_000)
+        for k in of_trials.nonzero().flatten().tolist():
+            starts = time[r, trial[r] == k]
+            last = int(bins[r, k].nonzero().max()) - 10
+            weight = leverage(w[r, k]) * bins[r, k] * (torch.arange(40) <= last)
+            assert close(torch.bincount(starts, minlength=40), weight / weight.sum(), len(starts))
+
+
+def test_no_trial_is_drawn_twice_where_there_are_enough():
     bins = some_bins()
     windows = Windows(numbered(bins), bins)
-    trial = windows.draw(3000, 5, rng())[0][..., 0, 1].long()
-    for r in range(2):
-        with_data = bins[r].any(-1)
-        counts = torch.bincount(trial[r], minlength=6) / 3000
-        p = 1 / with_data.sum()
-        assert (counts - p * with_data).abs().max() < 5 * (p * (1 - p) / 3000) ** 0.5
     for seed in range(10):
         assert len(set(windows.draw(2, 5, rng(seed))[0][1, :, 0, 1].tolist())) == 2
 

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from pyro_metassm.experiments import maps, methods, report, study, tables
-from pyro_metassm.experiments.methods import Method, Steps
+from pyro_metassm.experiments.methods import Method, Sizes, Steps
 from pyro_metassm.experiments.scores import Scoring
 from pyro_metassm.experiments.settings import Settings
 from pyro_metassm.experiments.study import Results
@@ -21,8 +21,11 @@ from pyro_metassm.experiments.systems import Bifurcations
 from pyro_metassm.experiments.tables import Row
 from pyro_metassm.reporting import html as page
 
-FULL = Settings()
+# Directions that an update of rank 1 has are spent on what all systems differ in; the flow near rest needs more.
+SIZES = Sizes(rank=3)
+FULL = Settings(sizes=SIZES)
 SMALL = Settings(
+    sizes=SIZES,
     family=Bifurcations(
         num_train=24,
         num_test=16,

@@ -9,7 +9,7 @@ from typing import Any
 
 from pyro_metassm.experiments import bifurcations, report, study, tables
 from pyro_metassm.experiments.chaos import Lorenz
-from pyro_metassm.experiments.methods import METHODS, Method, Sizes
+from pyro_metassm.experiments.methods import METHODS, Method
 from pyro_metassm.experiments.scores import Scoring
 from pyro_metassm.experiments.settings import Settings
 from pyro_metassm.experiments.systems import Family
@@ -80,7 +80,7 @@ def variants(base: Settings) -> dict[str, Variant]:
     lorenz = replace(
         base,
         family=Lorenz(**sizes),
-        sizes=Sizes(latent_dim=3, embedding_dim=2),
+        sizes=replace(base.sizes, latent_dim=3),
         scoring=replace(base.scoring, k=None),
     )
     return {
@@ -93,7 +93,7 @@ def variants(base: Settings) -> dict[str, Variant]:
         "noise-10": changed("observation variance x 10", noise_sd=base.family.noise_sd * 10**0.5),
         "noise-100": changed("observation variance x 100", noise_sd=base.family.noise_sd * 10),
         "latent-4": Variant(
-            "latent dimension 4 for a true 2", replace(base, sizes=Sizes(4, base.sizes.embedding_dim))
+            "latent dimension 4 for a true 2", replace(base, sizes=replace(base.sizes, latent_dim=4))
         ),
         "lorenz": Variant("Lorenz systems, one Lyapunov time ahead", lorenz),
         "ablation": Variant("the way from the paper's plain recipe to ours", base, ABLATION),

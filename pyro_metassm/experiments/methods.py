@@ -53,10 +53,11 @@ class Steps:
 
 @dataclass(frozen=True)
 class Sizes:
-    """Sizes of the model: ``latent_dim`` and ``embedding_dim``; its likelihood is that of the data."""
+    """Sizes of the model: ``latent_dim``, ``embedding_dim``, ``rank``; its likelihood is that of the data."""
 
     latent_dim: int = 2
     embedding_dim: int = 2
+    rank: int = 1
 
 
 @dataclass(frozen=True)
@@ -136,6 +137,7 @@ def train(
             recs,
             latent_dim=sizes.latent_dim,
             embedding_dim=sizes.embedding_dim,
+            rank=sizes.rank,
             likelihood=likelihood_of(recs),
         )
         guide = DKF(model) if method.plain else DKF(model, rollout_probability=steps.rollout_probability)
