@@ -10,12 +10,10 @@ import numpy as np
 import pytest
 import torch
 from fits import QUICK, assert_parameters, assert_same, parts, state
-from problems import recordings
 
 import pyro_metassm as pm
 from pyro_metassm import _interrupts as interrupts
 from pyro_metassm import _machine as machine
-from pyro_metassm.recordings import Recordings
 from pyro_metassm.trainer import Trainer
 from pyro_metassm.warm_start import DynamicsFirst
 
@@ -23,11 +21,6 @@ pytestmark = pytest.mark.skipif(
     threading.current_thread() is not threading.main_thread(), reason="only the main thread gets signals"
 )
 LONG = QUICK | {"num_steps": 12}
-
-
-@pytest.fixture(scope="module")
-def recs() -> Recordings:
-    return recordings()
 
 
 @pytest.fixture(autouse=True)

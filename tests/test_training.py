@@ -13,12 +13,6 @@ import pyro_metassm as pm
 from pyro_metassm.recordings import Recording, Recordings
 from pyro_metassm.trainer import Options, Trainer
 
-
-@pytest.fixture(scope="module")
-def recs() -> Recordings:
-    return recordings()
-
-
 # ---- determinism, side effects ----------------------------------------------------------------------------------
 
 

@@ -8,9 +8,9 @@ import pyro
 import pytest
 import torch
 import xarray as xr
+from drawn_fits import fit_for, identical
 from problems import linear_gaussian, recordings
 from test_linear_gaussian import as_fit, evidences
-from test_posterior import fit_for, identical
 
 import pyro_metassm as pm
 from pyro_metassm import draws, keeping
