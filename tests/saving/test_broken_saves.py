@@ -10,6 +10,7 @@ import torch
 
 import pyro_metassm as pm
 from pyro_metassm import saving
+from pyro_metassm._budget import Budget
 from pyro_metassm.neurons import NeuronTable
 
 
@@ -176,14 +177,14 @@ def test_large_legitimate_tables_fit_into_the_budget():
     """Very unequal recordings: the index of the table is far larger than the parameters, and is not saved."""
     names, sizes = [str(i) for i in range(300)], [2000] + [3] * 299
     parameters = 3 * sum(sizes)
-    with saving._Budget(saving.SPARE + 8 * parameters):
+    with Budget(saving.SPARE + 8 * parameters):
         assert NeuronTable(names, sizes).total == sum(sizes)
         pm.models.MetaSSM(NeuronTable(names, sizes), latent_dim=2, embedding_dim=1)
-    with pytest.raises(ValueError, match="far beyond"), saving._Budget(10**6):
+    with pytest.raises(ValueError, match="far beyond"), Budget(10**6):
         torch.eye(1001)
-    with pytest.raises(ValueError, match="far beyond"), saving._Budget(10**6):
+    with pytest.raises(ValueError, match="far beyond"), Budget(10**6):
         torch.arange(10**7)
-    with pytest.raises(ValueError, match="far beyond"), saving._Budget(10**6):
+    with pytest.raises(ValueError, match="far beyond"), Budget(10**6):
         torch.zeros(3).new_zeros(1001, 1001)
-    with pytest.raises(ValueError, match="far beyond"), saving._Budget(10**6):
+    with pytest.raises(ValueError, match="far beyond"), Budget(10**6):
         [torch.zeros(10**5) for _ in range(11)]
