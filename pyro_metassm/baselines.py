@@ -23,7 +23,7 @@ from pyro_metassm._smoothing import averaged
 from pyro_metassm.draws import forecast_trials
 from pyro_metassm.rebuilding import construct
 from pyro_metassm.recordings import Recording, Recordings
-from pyro_metassm.result import Fit
+from pyro_metassm.result import Fit, check_fit
 from pyro_metassm.trainer import NonFiniteLossError
 from pyro_metassm.training import fit as train_fit
 
@@ -162,6 +162,7 @@ def single_recording(
         >>> alone["w=5"].names
         ('w=5',)
     """
+    check_fit(fit)
     config = fit.model.config
     found = {}
     for name in recs:

@@ -265,8 +265,8 @@ class _Problem:
                 rates[..., unseen], recording.observations[..., unseen], counts[name]
             )
             with warnings.catch_warnings():  # the same short trials are told of for every cell
-                warnings.filterwarnings("ignore", "recording .* trials end before context")
-                trials = forecast_trials(self.test, name, self.context + 1)
+                warnings.filterwarnings("ignore", "recording .* trials have no bin after context")
+                trials = forecast_trials(self.test, name, self.context, scored=True)
             window = slice(self.context, self.context + self.horizon)
             ahead = mean_forecasts(
                 fit, self.test, name, trials, self.context, self.horizon, self.num_samples, self.seed
