@@ -259,9 +259,8 @@ def table(
     return result.dropna(how="all").sort_index(level="score", sort_remaining=False)
 
 
-_Rates = tuple[
-    np.ndarray | None, np.ndarray | None, np.ndarray | None
-]  # of training trials, test trials, forecasts
+# Of training trials, test trials, forecasts.
+_Rates = tuple[np.ndarray | None, np.ndarray | None, np.ndarray | None]
 
 
 def _refuse(others: Mapping[str, Fit | Mapping[str, Fit]], test: Recordings, dims: Sequence[int]) -> None:

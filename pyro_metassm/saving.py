@@ -35,12 +35,10 @@ from pyro_metassm.result import Fit
 FORMAT = 1
 TENSORS, HEADER = "fit.safetensors", "fit.json"
 LARGEST_HEADER = 16 * 2**20  # bytes; as Python objects some twenty times as much
-MOST_CALLS = (
-    10_000  # tensors that constructors may make beyond some for each one in the file and each recording
-)
-SPARE = (
-    2**24
-)  # numbers that constructors may make beyond those in the file: temporaries, tables that are not saved
+# Tensors that constructors may make beyond some for each one in the file and each recording.
+MOST_CALLS = 10_000
+# Numbers that constructors may make beyond those in the file: temporaries, tables that are not saved.
+SPARE = 2**24
 DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
     "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,

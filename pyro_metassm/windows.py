@@ -23,17 +23,14 @@ class Windows:
     def __init__(self, w: Tensor, bins: Tensor):
         self.w, self.bins = w, bins
         time = bins.shape[-1]
-        self.ends = (bins * torch.arange(1, time + 1, device=w.device)).amax(
-            -1
-        )  # one after the last bin with data
+        # One after the last bin with data.
+        self.ends = (bins * torch.arange(1, time + 1, device=w.device)).amax(-1)
         self.number = bins.cumsum(-1)  # of the bins with data up to each
-        self.seen_bins = (
-            (~bins).to(torch.uint8).argsort(dim=-1, stable=True)
-        )  # these bins, the others after them
+        # These bins, the others after them.
+        self.seen_bins = (~bins).to(torch.uint8).argsort(dim=-1, stable=True)
         with_data = bins.any(-1)
-        with_data |= ~with_data.any(
-            -1, keepdim=True
-        )  # of a recording without data any, so that there is something
+        # Of a recording without data any, so that there is something.
+        with_data |= ~with_data.any(-1, keepdim=True)
         self.trials_with_data = with_data.to(torch.float32).cpu()
         self.rows = torch.arange(len(w), device=w.device)[:, None, None]
 

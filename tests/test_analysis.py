@@ -33,9 +33,8 @@ def test_the_flow_is_the_maps():
     change = [(NormalForm.step(z, [e[0] + a, e[1] + b]) - NormalForm.step(z, e))[0].numpy() for a, b in
               ((0.05, 0), (0, 0.05))]  # fmt: skip
     expected = np.sqrt(np.square(change).sum(0))
-    assert place["displacement_sd"].values == pytest.approx(
-        expected, rel=0.6
-    )  # of 20 draws: 4 standard errors
+    # Of 20 draws: 4 standard errors.
+    assert place["displacement_sd"].values == pytest.approx(expected, rel=0.6)
     assert place["speed_mean"].item() == pytest.approx(place["speed"].mean().item())
     wide = pm.analysis.flow_field(
         fit, "x", grid=(np.linspace(-9, 9, 25), np.linspace(-9, 9, 25)), num_draws=0

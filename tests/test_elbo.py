@@ -213,9 +213,8 @@ def test_roll_outs_are_exact_where_the_posterior_is_the_prior():
             for rollout in (torch.ones(1, 1, 6, dtype=torch.bool), None)
         )  # fmt: skip
     assert abs(exact.mean() - expected) < SIGMAS * exact.std() / 200**0.5
-    assert (
-        loose.mean() + SIGMAS * loose.std() / 200**0.5 < expected
-    )  # without roll-outs, factorised bins are a strict bound
+    # Without roll-outs, factorised bins are a strict bound.
+    assert loose.mean() + SIGMAS * loose.std() / 200**0.5 < expected
     assert exact.std() / 200**0.5 < 0.1 * abs(expected)
 
 

@@ -25,9 +25,8 @@ LONG = QUICK | {"num_steps": 12}
 
 @pytest.fixture(autouse=True)
 def handler_stays():
-    found = signal.signal(
-        signal.SIGINT, signal.default_int_handler
-    )  # a shell's background jobs ignore Ctrl-C
+    # A shell's background jobs ignore Ctrl-C.
+    found = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     signal.signal(signal.SIGINT, found)

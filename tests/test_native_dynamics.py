@@ -194,9 +194,8 @@ def test_shapes_that_do_not_fit_are_pytorchs_errors(calls):
     assert calls == []
 
 
-@pytest.mark.filterwarnings(
-    "ignore:`torch.jit.script` is deprecated"
-)  # PyTorch's own forward derivatives use it
+# PyTorch's own forward derivatives use it.
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")
 def test_transforms_and_forward_derivatives_use_pytorch(calls):
     adapted = dynamics(1)(torch.randn(1, 1, 3, dtype=DOUBLE).detach())
     z = torch.randn(1, 1, 1, 2, dtype=DOUBLE)

@@ -149,9 +149,8 @@ def test_svi_moves_the_parts_that_it_is_asked_to_move(fit, train):
     check_old(fit, end)
     # The embedding is what the read-in makes of the data, or free.
     assert torch.equal(start.statistics[3:], end.statistics[3:]) == (chosen == {"read_out"})
-    assert set(end.attrs["adaptation"]) == (
-        set() if chosen == {"embedding"} else {"x", "y"}
-    )  # no frame to find
+    # No frame to find.
+    assert set(end.attrs["adaptation"]) == (set() if chosen == {"embedding"} else {"x", "y"})
     assert (start.history.sizes["step"], end.history.sizes["step"]) == (0, 3)
 
 

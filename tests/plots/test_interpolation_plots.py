@@ -64,11 +64,12 @@ def test_a_grid_of_rates_over_time():
     found = grid()
     panels = plots.interpolation_grid(found, of="rates")
     corner = panels[0, 2]  # the third column and row of the grid
+    # 0 is constant.
     assert [line.get_label() for line in corner.lines] == [
         "neuron 1",
         "neuron 2",
         "neuron 3",
-    ]  # 0 is constant
+    ]
     assert len({line.get_linestyle() for line in corner.lines}) == 3
     of = found["rates"].isel(row=2, column=2).values
     np.testing.assert_allclose(corner.lines[1].get_ydata(), of[..., 2].mean(0))
