@@ -118,9 +118,8 @@ class MetaSSM(Program):
         self.observation = Likelihood.checked(likelihood)(self.neurons)
         self.dims: dict[str, tuple[str, ...]] = {}  # of the event of a global site, by its name
         self.coords: dict[str, list] = {}  # of these dims
-        if isinstance(
-            recordings, NeuronTable
-        ):  # sizes alone, as when a saved model is read: nothing to start from
+        # Sizes alone, as when a saved model is read: nothing to start from.
+        if isinstance(recordings, NeuronTable):
             return
         for recording in recordings.values():
             self.observation.check(recording)

@@ -70,9 +70,8 @@ def _rows(name: str, table: str, rows: Any) -> np.ndarray:
     """An entry of `attrs["trials"]` or `attrs["neurons"]`."""
     if isinstance(rows, np.ndarray):
         return rows
-    objects = np.array(
-        rows if isinstance(rows, list) else [], dtype=object
-    )  # each text in its own room so far
+    # Each text in its own room so far.
+    objects = np.array(rows if isinstance(rows, list) else [], dtype=object)
     items = objects.ravel().tolist()
     if items and all(isinstance(item, str) for item in items):
         return checks.texts(name, f'attrs["{table}"]', items).reshape(objects.shape)

@@ -120,12 +120,7 @@ def collate(
     known = {name: row for row, name in enumerate(table)}
     for recording in chosen:
         if recording.name not in known:
-            raise checks.fail(
-                recording.name,
-                f"a recording that the model or fit knows ({checks.some([repr(name) for name in known])})",
-                "another one",
-                "make the model with it and fit again",
-            )
+            raise checks.unknown(recording.name, known)
     chosen_names = tuple(recording.name for recording in chosen)
     if not chosen or len(set(chosen_names)) < len(chosen) or not set(trials) <= set(chosen_names):
         raise ValueError(

@@ -6,7 +6,7 @@ Every failed check is a `ValueError` made by `fail`, in one style: what was need
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -38,6 +38,22 @@ LONGEST_BIN = 5.0  # seconds; nobody bins a recording that coarsely, but many wr
 def fail(name: Any, needed: str, got: str, do: str) -> ValueError:
     """The one form of an error about a recording (returned, for the caller to raise)."""
     return ValueError(f"recording {name!r}: needed {needed}, got {got}; {do}")
+
+
+def unknown(name: str, known: Iterable[str]) -> ValueError:
+    """The error about a recording that a model lacks (returned, for the caller to raise)."""
+    names = some([repr(other) for other in known])
+    return fail(
+        name,
+        f"a recording that the model or fit knows ({names})",
+        "another one",
+        "make the model with it and fit again",
+    )
+
+
+def lacking(what: str, name: Any, there: Iterable[str]) -> KeyError:
+    """The error about a name in what is looked up by the names of recordings (returned, for the caller to raise)."""
+    return KeyError(f"no {what} {name!r}; there are {some([repr(other) for other in there]) or 'none'}")
 
 
 def refuse(recording: Any, bad: np.ndarray, needed: str, do: str) -> None:

@@ -14,7 +14,7 @@ from pyro_metassm._mean_rates import mean_forecasts, mean_rates
 from pyro_metassm._scores import mean_r2, velocity_decoder, velocity_r2
 from pyro_metassm.draws import forecast_trials
 from pyro_metassm.recordings import Recording, Recordings
-from pyro_metassm.result import Fit
+from pyro_metassm.result import Fit, check_fit
 
 
 def decoding_r2(
@@ -45,6 +45,7 @@ def decoding_r2(
     Raises:
         ValueError: a recording without behaviour, an unknown dim; and as :func:`velocity_r2`.
     """
+    check_fit(fit)
     checks.integers(num_samples=num_samples)
     shift, dims = round(lag / test.bin_width), None if dims is None else list(dims)
 
@@ -88,6 +89,7 @@ def forecast_decoding_r2(
     Raises:
         ValueError: a recording without behaviour, an unknown dim or recording, no trial as long as ``context``.
     """
+    check_fit(fit)
     checks.integers(context=context, horizon=horizon, num_samples=num_samples)
     shift, dims = round(lag / test.bin_width), None if dims is None else list(dims)
     ways = ("reconstruction", "forecast")

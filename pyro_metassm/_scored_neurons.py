@@ -6,17 +6,19 @@ import numpy as np
 
 from pyro_metassm.observations import counted
 from pyro_metassm.recordings import Recording, Recordings
-from pyro_metassm.result import Fit
+from pyro_metassm.result import Fit, check_fit
 
 
 def varying_neurons(fit: Fit, name: str) -> np.ndarray:
     """Neurons of which the variance explained is scored: all of one kind, else those that are no counts."""
+    check_fit(fit)
     counts = counted(fit.model, name)
     return np.ones_like(counts) if counts.all() else ~counts
 
 
 def spiking_neurons(fit: Fit, recs: Recordings) -> dict[str, np.ndarray]:
     """Neurons that are scored in bits per spike: the counts by the model, all where it has none anywhere."""
+    check_fit(fit)
     counts = {name: counted(fit.model, name) for name in recs}
     return counts if any(each.any() for each in counts.values()) else {n: ~each for n, each in counts.items()}
 

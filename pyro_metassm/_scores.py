@@ -88,8 +88,8 @@ def spike_information(rates: np.ndarray, spikes: np.ndarray) -> np.ndarray:
     """What :func:`bits_per_spike` gains over each neuron's mean rate, of every trial ``(trial,)``, in nats.
 
     Args:
-        rates: expected counts per bin ``(trial, time, neuron)``; NaN only where there are no spikes.
-        spikes: counts, NaN where there are none.
+        rates: expected counts per bin ``(trial, time, neuron)``; whatever they are where nothing was observed.
+        spikes: counts, NaN where nothing was observed.
     """
     null = np.broadcast_to(_mean(spikes, (0, 1)), spikes.shape)
     gains = np.zeros(len(spikes))
@@ -97,6 +97,11 @@ def spike_information(rates: np.ndarray, spikes: np.ndarray) -> np.ndarray:
         seen = ~np.isnan(y)
         gains[trial] = poisson(y[seen], r[seen], "rates") - poisson(y[seen], r0[seen], "null_rates")
     return gains
+
+
+def gained(rates: np.ndarray, spikes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """:func:`spike_information` and the number of spikes, of every trial: what :func:`ratio` takes."""
+    return spike_information(rates, spikes), np.nansum(spikes, (1, 2))
 
 
 def ratio(parts: np.ndarray, sizes: np.ndarray) -> tuple[float, float]:

@@ -31,7 +31,7 @@ from pyro_metassm.read_outs import (
 )
 from pyro_metassm.rebuilding import for_recordings, joined, tables
 from pyro_metassm.recordings import Batch, Recordings
-from pyro_metassm.result import Fit, embedding_statistics
+from pyro_metassm.result import Fit, check_fit, embedding_statistics
 from pyro_metassm.tempering import tempered
 from pyro_metassm.trainer import Options, Trainer
 from pyro_metassm.warm_start import SETTLING, natural_frames, smoothed_by, write_read_in, write_read_outs
@@ -109,6 +109,7 @@ def adapt(
         >>> adapted.names
         ('w=2.5', 'w=5', 'w=4')
     """
+    check_fit(fit)
     checks.integers(0, num_steps=num_steps, search_steps=search_steps)
     checks.integers(1, num_starts=num_starts)
     if likelihood is not None:

@@ -23,7 +23,7 @@ from pyro_metassm._smoothing import averaged
 from pyro_metassm.draws import forecast_trials
 from pyro_metassm.rebuilding import construct
 from pyro_metassm.recordings import Recording, Recordings
-from pyro_metassm.result import Fit
+from pyro_metassm.result import Fit, check_fit
 from pyro_metassm.trainer import NonFiniteLossError
 from pyro_metassm.training import fit as train_fit
 
@@ -162,6 +162,7 @@ def single_recording(
         >>> alone["w=5"].names
         ('w=5',)
     """
+    check_fit(fit)
     config = fit.model.config
     found = {}
     for name in recs:
@@ -258,9 +259,8 @@ def table(
     return result.dropna(how="all").sort_index(level="score", sort_remaining=False)
 
 
-_Rates = tuple[
-    np.ndarray | None, np.ndarray | None, np.ndarray | None
-]  # of training trials, test trials, forecasts
+# Of training trials, test trials, forecasts.
+_Rates = tuple[np.ndarray | None, np.ndarray | None, np.ndarray | None]
 
 
 def _refuse(others: Mapping[str, Fit | Mapping[str, Fit]], test: Recordings, dims: Sequence[int]) -> None:

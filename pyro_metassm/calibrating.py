@@ -22,7 +22,7 @@ from pyro_metassm.draws import global_draws, observations_of
 from pyro_metassm.guides.base import AmortizedGuide
 from pyro_metassm.posterior import posterior
 from pyro_metassm.recordings import Recording, Recordings
-from pyro_metassm.result import Fit
+from pyro_metassm.result import Fit, check_fit
 
 LEVELS = (0.5, 0.9)  # of the central intervals
 STEP = 20  # numbers of draws, plus one, of which both leave whole tails
@@ -100,6 +100,7 @@ def calibration(
         >>> dict(found["coverage"].sizes), dict(found["latents_rank"].sizes)["trial"]
         ({'quantity': 3, 'level': 2}, 8)
     """
+    check_fit(fit)
     checks.integers(num_simulations=num_simulations)
     if num_samples < STEP - 1 or (num_samples + 1) % STEP:
         raise ValueError(

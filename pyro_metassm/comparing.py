@@ -26,7 +26,7 @@ from pyro_metassm.draws import (
 from pyro_metassm.global_sites import declared
 from pyro_metassm.observations import counted, in_support
 from pyro_metassm.recordings import Recording, Recordings
-from pyro_metassm.result import Fit
+from pyro_metassm.result import Fit, check_fit
 
 LOWER_IS_BETTER = ("crps",)
 RELIABLE = 0.7  # Pareto shape up to which importance sampling can be trusted (Vehtari et al., 2024)
@@ -112,6 +112,7 @@ def compare(
 
 def _check(fits: Mapping[str, Fit], test: Recordings) -> None:
     for name, fit in fits.items():
+        check_fit(fit)
         more = sorted(
             str(key).removeprefix("kl_")
             for key in set(fit.history) - SITES - {f"kl_{site}" for site in declared(fit.model)}

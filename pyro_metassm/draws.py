@@ -20,7 +20,7 @@ from pyro_metassm.global_sites import declared
 from pyro_metassm.models.meta_ssm import MetaSSM
 from pyro_metassm.observations import observed
 from pyro_metassm.recordings import Batch, Recording, Recordings
-from pyro_metassm.result import Fit, recording_statistics
+from pyro_metassm.result import Fit, check_fit, recording_statistics
 
 ELEMENTS = 8_000_000  # numbers a chunk of draws: about 32 MiB a tensor, some ten tensors at a time
 NETWORK_WIDTH = 128  # numbers per draw and bin that the networks hold while they run, generously
@@ -56,6 +56,7 @@ def posterior_chunks(
     recording; the random state is restored when the iterator ends. It is to be iterated alone
     (:func:`pyro_metassm._machine.alone`).
     """
+    check_fit(fit)
     recording = recs[name]
     rows = list(range(recording.num_trials)) if rows is None else rows
     bins = (recording.num_bins if context is None else context) + horizon
@@ -165,23 +166,26 @@ def of_draws(shared: dict[str, Tensor], draws: slice) -> dict[str, Tensor]:
     return {name: values[draws] for name, values in shared.items()}
 
 
-def forecast_trials(recs: Recordings, name: str, context: int) -> list[int]:
-    """The trials with at least ``context`` bins; a warning counts the others.
+def forecast_trials(recs: Recordings, name: str, context: int, *, scored: bool = False) -> list[int]:
+    """The trials with at least ``context`` bins, and one more to be scored; a warning counts the others.
 
     Raises:
         ValueError: if there is none.
     """
     lengths = recs[name].lengths
-    rows = np.flatnonzero(lengths >= context).tolist()
+    rows = np.flatnonzero(lengths >= context + scored).tolist()
+    least, do, lack, done = "at least", "forecast", "end before", "forecast"
+    if scored:
+        least, do, lack, done = "more than", "score", "have no bin after", "scored"
     if not rows:
         raise ValueError(
-            f"recording {name!r}: needed trials of at least context = {context} bins to forecast, the longest has "
+            f"recording {name!r}: needed trials of {least} context = {context} bins to {do}, the longest has "
             f"{lengths.max()}; choose a shorter context"
         )
     if len(rows) < len(lengths):
         warnings.warn(
-            f"recording {name!r}: {len(lengths) - len(rows)} of {len(lengths)} trials end before context = {context} "
-            "and are not forecast",
+            f"recording {name!r}: {len(lengths) - len(rows)} of {len(lengths)} trials {lack} context = {context} "
+            f"and are not {done}",
             stacklevel=3,
         )
     return rows

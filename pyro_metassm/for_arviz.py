@@ -5,6 +5,8 @@ from __future__ import annotations
 import numpy as np
 import xarray as xr
 
+from pyro_metassm import _checks as checks
+
 PREDICTIVE = ("posterior_predictive", "prior_predictive")
 
 
@@ -39,7 +41,10 @@ def to_arviz(tree: xr.DataTree, recording: str | None = None):
     import arviz  # here, not above: nothing else of the library needs it
 
     if recording is not None:
-        groups = {name: node.to_dataset() for name, node in tree[recording].children.items()}
+        recordings = {name: node for name, node in tree.children.items() if node.children}
+        if recording not in recordings:
+            raise checks.lacking("recording", recording, recordings)
+        groups = {name: node.to_dataset() for name, node in recordings[recording].children.items()}
         if "log_likelihood" in groups:
             groups["log_likelihood"] = groups["log_likelihood"][["trials"]]
         _flat(groups)

@@ -14,9 +14,8 @@ from torch import Tensor
 
 from pyro_metassm.guides.encoders import smooth
 
-RIDGE = (
-    0.02  # of the largest variance: keeps directions that hold only noise from being blown up by whitening
-)
+# Of the largest variance: keeps directions that hold only noise from being blown up by whitening.
+RIDGE = 0.02
 KERNELS = (0.7, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0)  # sd in bins
 SPREAD = math.log(2.0)  # sd of the logarithms of kernels' widths between recordings of a pool, about
 

@@ -10,7 +10,7 @@ import xarray as xr
 from pyro_metassm import _checks as checks
 from pyro_metassm.comparing import forecast_scores
 from pyro_metassm.recordings import Recordings
-from pyro_metassm.result import Fit
+from pyro_metassm.result import Fit, check_fit
 
 
 def leave_future_out(
@@ -58,6 +58,7 @@ def leave_future_out(
         >>> score.sizes
         Frozen({'recording': 2, 'trial': 2, 'origin': 3})
     """
+    check_fit(fit)
     origins = list(origins)
     if not origins:
         raise ValueError("origins: needed at least one bin, got none")

@@ -23,7 +23,7 @@ from pyro_metassm._scored_neurons import constant_rates, spiking_neurons, varyin
 from pyro_metassm._scores import bits_per_spike, explained, psth_r2, r2, velocity_decoder, velocity_r2
 from pyro_metassm.draws import forecast_trials
 from pyro_metassm.recordings import Recording, Recordings
-from pyro_metassm.result import Fit
+from pyro_metassm.result import Fit, check_fit
 
 __all__ = [
     "bits_per_spike",
@@ -169,6 +169,7 @@ def co_bps(
     Raises:
         ValueError: no recording has held-out neurons; and as :func:`rate_bps`.
     """
+    check_fit(fit)
     checks.integers(num_samples=num_samples)
     if not any(recording.held_out_neurons.any() for recording in recs.values()):
         raise ValueError(

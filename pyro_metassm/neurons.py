@@ -15,6 +15,7 @@ from jaxtyping import Int, Shaped
 from pyro.nn import PyroModule
 from torch import Tensor, nn
 
+from pyro_metassm import _checks as checks
 from pyro_metassm.blocks import everywhere
 from pyro_metassm.global_sites import Program
 from pyro_metassm.products import centred_product, linear_by_recording
@@ -65,10 +66,7 @@ class NeuronTable(nn.Module):
         """Raise ``ValueError`` for a recording that the table lacks, or that has another number of neurons there."""
         for name, count in zip(names, num_neurons, strict=True):
             if name not in self.names:
-                raise ValueError(
-                    f"recording {name!r}: needed a recording that the model or fit knows, got another one; "
-                    "make the model with it and fit again"
-                )
+                raise checks.unknown(name, self.names)
             known = self.num_neurons[self.names.index(name)]
             if count != known:
                 raise ValueError(

@@ -35,7 +35,7 @@ from pyro_metassm.global_sites import prior_draws
 from pyro_metassm.models.meta_ssm import MetaSSM
 from pyro_metassm.observations import observed
 from pyro_metassm.recordings import Recordings
-from pyro_metassm.result import Fit
+from pyro_metassm.result import Fit, check_fit
 
 MAX_GIB = 4.0  # of what is kept of draws, unless more is asked for
 
@@ -97,6 +97,7 @@ def posterior(
         >>> tree["posterior"]["embedding"].dims
         ('chain', 'draw', 'recording', 'embedding_dim')
     """
+    check_fit(fit)
     store = _store(keep, num_samples, chunk_size)
     stores = {
         name: store(
@@ -186,6 +187,7 @@ def forecast(
         >>> tree["w=5/predictions"]["latents"].shape  # chain, draw, trial, time, latent_dim
         (1, 10, 8, 4, 2)
     """
+    check_fit(fit)
     checks.integers(context=context, horizon=horizon)
     store = _store(keep, num_samples, chunk_size)
     rows: dict[str, list[int]] = {}

@@ -18,6 +18,13 @@ from pyro_metassm._selecting import generator_of, window_of
 __all__ = ["Batch", "Recording", "Recordings", "sample_trials"]
 
 
+class _Truth(dict[str, xr.Dataset]):
+    """What is known of recordings by name; a name that is not there is told with those that are."""
+
+    def __missing__(self, name: str) -> xr.Dataset:
+        raise checks.lacking("truth of recording", name, self)
+
+
 class Recordings(Mapping[str, Recording]):
     """Many recordings, by name and in order.
 
@@ -63,7 +70,7 @@ class Recordings(Mapping[str, Recording]):
                     f"{other.num_inputs}",
                     "give every recording the same inputs (zeros where there was none)",
                 )
-        self.truth = dict(truth or {})
+        self.truth = _Truth(truth or {})
         for name, dataset in self.truth.items():
             sizes = {"trial": self[name].num_trials, "time": self[name].num_bins}
             if any(dataset.sizes.get(dim, size) != size for dim, size in sizes.items()):
@@ -73,9 +80,7 @@ class Recordings(Mapping[str, Recording]):
 
     def __getitem__(self, name: str) -> Recording:
         if name not in self._recordings:
-            raise KeyError(
-                f"no recording {name!r}; there are {checks.some([repr(known) for known in self.names])}"
-            )
+            raise checks.lacking("recording", name, self)
         return self._recordings[name]
 
     def __iter__(self) -> Iterator[str]:

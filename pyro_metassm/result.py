@@ -66,6 +66,15 @@ class Fit:
         )
 
 
+def check_fit(fit: object) -> None:
+    """Raise ``TypeError`` for what is no fit, most often a model."""
+    if not isinstance(fit, Fit):
+        raise TypeError(
+            f"needed a fit, what fit = pm.fit(model, guide, recs) returns, got {type(fit).__name__}; pass the fit, "
+            "which has the trained copy of the model and what it knows of the recordings"
+        )
+
+
 def trial_chunks(recs: Recordings, name: str) -> list[list[int]]:
     """Trials of a recording in chunks of at most ``ELEMENTS`` observations, at least one trial each."""
     recording = recs[name]

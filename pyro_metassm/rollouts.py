@@ -60,7 +60,11 @@ def rollout_errors(model, guide, recs: Recordings, statistics: Tensor, seed: int
 
 
 def _whitening(z: Tensor) -> tuple[Tensor, Tensor]:
-    """``F`` and ``o`` with ``z F + o`` of mean zero and unit covariance, for ``z (bins, d)``."""
+    """``F`` and ``o`` with ``z F + o`` of mean zero and unit covariance, for ``z (bins, d)``.
+
+    Latents that do not move are to count nothing here, where :func:`pyro_metassm.frames.canonical_frame` keeps noise
+    small: a floor of another size, and no orientation.
+    """
     mean = z.mean(0)
     covariance = (z - mean).mT @ (z - mean) / len(z)
     least = SPREAD * covariance.diagonal().mean() + torch.finfo(z.dtype).tiny

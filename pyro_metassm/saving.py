@@ -21,11 +21,11 @@ import torch
 import xarray as xr
 from safetensors import safe_open
 from safetensors.torch import save as to_bytes
-from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch import nn
 
 from pyro_metassm import _checks as checks
 from pyro_metassm import guides, likelihoods, models, writing
+from pyro_metassm._budget import Budget
 from pyro_metassm.guides import encoders
 from pyro_metassm.io._files import said
 from pyro_metassm.neurons import NeuronTable
@@ -35,12 +35,10 @@ from pyro_metassm.result import Fit
 FORMAT = 1
 TENSORS, HEADER = "fit.safetensors", "fit.json"
 LARGEST_HEADER = 16 * 2**20  # bytes; as Python objects some twenty times as much
-MOST_CALLS = (
-    10_000  # tensors that constructors may make beyond some for each one in the file and each recording
-)
-SPARE = (
-    2**24
-)  # numbers that constructors may make beyond those in the file: temporaries, tables that are not saved
+# Tensors that constructors may make beyond some for each one in the file and each recording.
+MOST_CALLS = 10_000
+# Numbers that constructors may make beyond those in the file: temporaries, tables that are not saved.
+SPARE = 2**24
 DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
     "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
@@ -235,7 +233,7 @@ def _build(
     names, num_neurons, specifications, budget: float = math.inf, calls: float = math.inf
 ) -> tuple[Any, Any]:
     """As :func:`pyro_metassm.rebuilding.build`, within a budget of numbers and of tensors."""
-    with _Budget(budget, calls):
+    with Budget(budget, calls):
         return build(specifications, NeuronTable(names, num_neurons))
 
 
@@ -257,38 +255,6 @@ def _match(claimed: dict[str, tuple], model: nn.Module, guide: nn.Module, dtype:
             f"{expected.get(key, 'none')}, got {claimed.get(key, 'none')}; use the classes of the fit, with their "
             "arguments in self.config"
         )
-
-
-class _Budget(TorchDispatchMode):
-    """Stops constructors that would make more numbers, or more tensors, than go with what a file holds."""
-
-    def __init__(self, numbers: float, calls: float = math.inf):
-        super().__init__()
-        self.left, self.calls = numbers, calls
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        numbers, is_factory = _numbers(func, args)
-        if numbers > self.left:
-            raise ValueError(f"it claims sizes far beyond what the file holds ({numbers:.3g} numbers)")
-        self.left -= numbers if is_factory else 0
-        self.calls -= is_factory
-        if self.calls < 0:
-            raise ValueError("it claims parts far beyond what the file holds")
-        return func(*args, **(kwargs or {}))
-
-
-def _numbers(func, args) -> tuple[float, bool]:
-    """How many numbers an operation names by its shape, and whether it makes them from nothing."""
-    is_factory = not any(isinstance(a, Tensor) for a in args)
-    for a in args:
-        if isinstance(a, list | tuple) and a and all(type(n) is int for n in a):
-            return math.prod(abs(n) for n in a), is_factory
-    sizes = [a for a in args if type(a) in (int, float)]
-    if not is_factory or not sizes:
-        return 0, is_factory
-    if "arange" in func.name():
-        return abs(sizes[1] - sizes[0]) if len(sizes) > 1 else abs(sizes[0]), True
-    return math.prod(abs(n) for n in sizes) ** (2 if "eye" in func.name() and len(sizes) == 1 else 1), True
 
 
 # ---- plain values ----------------------------------------------------------------------------------------

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal
 
 import numpy as np
 import xarray as xr
 
 from pyro_metassm._selecting import generator_of
+from pyro_metassm.integrating import Flow, Step, euler, integrate, runge_kutta
 from pyro_metassm.recordings import Recording, Recordings
 
-Flow = Callable[[np.ndarray], np.ndarray]
 Noise = Literal["gaussian", "poisson"]
 
 
@@ -85,7 +85,7 @@ def limit_cycles(
     return _simulate(
         [f"w={system['velocity']:g}" for system in systems],
         systems,
-        _euler,
+        euler,
         num_trials=num_trials,
         num_steps=num_steps,
         num_neurons=num_neurons,
@@ -147,7 +147,7 @@ def duffing(
     return _simulate(
         [f"duffing a={system['a']:g} b={system['b']:g}" for system in systems],
         systems,
-        _runge_kutta,
+        runge_kutta,
         num_trials=num_trials,
         num_steps=num_steps,
         num_neurons=num_neurons,
@@ -204,7 +204,7 @@ def hopf(
     return _simulate(
         [f"hopf mu={system['mu']:g}" for system in systems],
         systems,
-        _runge_kutta,
+        runge_kutta,
         num_trials=num_trials,
         num_steps=num_steps,
         num_neurons=num_neurons,
@@ -267,38 +267,6 @@ def _flow_of(attrs: Mapping[Any, Any]) -> Flow:
     return derivative
 
 
-def _euler(derivative: Flow, z: np.ndarray, dt: float) -> np.ndarray:
-    return z + dt * derivative(z)
-
-
-def _runge_kutta(derivative: Flow, z: np.ndarray, dt: float) -> np.ndarray:
-    first = derivative(z)
-    second = derivative(z + dt / 2 * first)
-    third = derivative(z + dt / 2 * second)
-    return z + dt / 6 * (first + 2 * second + 2 * third + derivative(z + dt * third))
-
-
-def _integrate(
-    step: Callable[[Flow, np.ndarray, float], np.ndarray],
-    derivative: Flow,
-    initial: np.ndarray,
-    *,
-    num_steps: int,
-    dt: float,
-    keep_every: int,
-    step_sd: float,
-    rng: np.random.Generator,
-) -> np.ndarray:
-    """All trials at once, `(trials, num_steps, 2)`: the first state, then every `keep_every`-th one."""
-    path = np.empty((len(initial), num_steps, initial.shape[1]))
-    z = path[:, 0] = initial
-    for t in range(1, num_steps):
-        for noise in step_sd * rng.standard_normal((keep_every, *initial.shape)):
-            z = step(derivative, z, dt) + noise
-        path[:, t] = z
-    return path
-
-
 def _observe(
     latents: np.ndarray,
     read_out: np.ndarray,
@@ -326,7 +294,7 @@ def _observe(
 def _simulate(
     names: list[str],
     systems: Sequence[dict[str, Any]],
-    step: Callable[[Flow, np.ndarray, float], np.ndarray],
+    step: Step,
     *,
     num_trials: int,
     num_steps: int,
@@ -371,7 +339,7 @@ def _simulate(
         of_neurons, of_path, of_noise = generator_of("simulate", name, seed).spawn(3)
         read_out = of_neurons.standard_normal((2, int(of_neurons.integers(low, high + 1)))) / math.sqrt(2)
         with np.errstate(over="ignore", invalid="ignore"):  # reported below
-            latents = _integrate(
+            latents = integrate(
                 step,
                 _flow_of(attrs),
                 initial_sd * of_path.standard_normal((num_trials, 2)),

@@ -17,7 +17,7 @@ from tqdm.auto import tqdm
 from pyro_metassm import _checks as checks
 from pyro_metassm import _machine as machine
 from pyro_metassm._mean_rates import mean_forecasts, mean_rates
-from pyro_metassm._scores import ratio, spike_information
+from pyro_metassm._scores import gained, ratio
 from pyro_metassm._selecting import generator_of
 from pyro_metassm.draws import forecast_trials
 from pyro_metassm.guides import DKF
@@ -265,8 +265,8 @@ class _Problem:
                 rates[..., unseen], recording.observations[..., unseen], counts[name]
             )
             with warnings.catch_warnings():  # the same short trials are told of for every cell
-                warnings.filterwarnings("ignore", "recording .* trials end before context")
-                trials = forecast_trials(self.test, name, self.context + 1)
+                warnings.filterwarnings("ignore", "recording .* trials have no bin after context")
+                trials = forecast_trials(self.test, name, self.context, scored=True)
             window = slice(self.context, self.context + self.horizon)
             ahead = mean_forecasts(
                 fit, self.test, name, trials, self.context, self.horizon, self.num_samples, self.seed
@@ -299,9 +299,9 @@ def _with_held_out(recording: Recording, seed: int) -> Recording:
 
 def _gains(rates: np.ndarray, y: np.ndarray, counts: bool) -> list[list[float]]:
     """Of every trial: bits gained over mean rates and spikes, or variance explained and variance."""
-    rates = np.where(np.isnan(y), np.nan, rates)
     if counts:
-        return [(spike_information(rates, y) / np.log(2)).tolist(), np.nansum(y, (1, 2)).tolist()]
+        nats, spikes = gained(rates, y)
+        return [(nats / np.log(2)).tolist(), spikes.tolist()]
     mean = np.nansum(y, (0, 1)) / np.maximum((~np.isnan(y)).sum((0, 1)), 1)
     total = np.nansum((y - mean) ** 2, (1, 2))
     return [(total - np.nansum((y - rates) ** 2, (1, 2))).tolist(), total.tolist()]

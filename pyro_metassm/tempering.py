@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from types import SimpleNamespace
 
 from torch import Tensor
 from torch.nn import functional
@@ -34,21 +35,14 @@ class Overdispersed:
         return value * log_rate - (value + self.r) * functional.softplus(log_rate - math.log(self.r))
 
 
-class Tempered:
-    """A model's read-outs, of states that are known roughly."""
-
-    def __init__(self, model, r: float):
-        self.model, self.r = model, r
-        self.read_out, self.observation = model.read_out, model.observation
-
-    def likelihood(self, predictor: Tensor, recording: Tensor):
-        y = self.model.likelihood(predictor, recording)
-        return Overdispersed(y, self.r) if isinstance(y, SaturatingPoisson) else y
-
-
-def tempered(model, r: float = WORTH) -> Tempered:
-    """The model as smoothers and regressions are to see it.
+def tempered(model, r: float = WORTH) -> SimpleNamespace:
+    """The model's ``read_out``, ``observation`` and ``likelihood``, as smoothers and regressions are to see them.
 
     Bursts of thousands of counts, taken at their word, bend states and read-outs to what is wrong with either.
     """
-    return Tempered(model, r)
+
+    def likelihood(predictor: Tensor, recording: Tensor):
+        y = model.likelihood(predictor, recording)
+        return Overdispersed(y, r) if isinstance(y, SaturatingPoisson) else y
+
+    return SimpleNamespace(read_out=model.read_out, observation=model.observation, likelihood=likelihood)

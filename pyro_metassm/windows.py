@@ -28,15 +28,12 @@ class Windows:
     def __init__(self, w: Tensor, bins: Tensor):
         self.w, self.bins = w, bins
         time = bins.shape[-1]
-        self.ends = (bins * torch.arange(1, time + 1, device=w.device)).amax(
-            -1
-        )  # one after the last bin with data
+        # One after the last bin with data.
+        self.ends = (bins * torch.arange(1, time + 1, device=w.device)).amax(-1)
         weight = (1 + w.detach().square().mean(-1).clamp(max=FAR)).where(bins, 0.0)
         self.cumulative = weight.cumsum(-1)
-        of_trials = self.cumulative[..., -1]
-        of_trials = of_trials + ~bins.any(-1).any(
-            -1, keepdim=True
-        )  # of a recording without data any, so that there is something
+        # Of a recording without data any trial, so that there is something.
+        of_trials = self.cumulative[..., -1] + ~bins.any(-1).any(-1, keepdim=True)
         self.of_trials = of_trials.to(torch.float32).cpu()
         self.rows = torch.arange(len(w), device=w.device)[:, None, None]
 

@@ -26,7 +26,10 @@ ROOT = Path(__file__).resolve().parents[1]
 # the user's data answer with a ValueError of their own. It must stand before the package is imported.
 install_import_hook(["pyro_metassm.neurons", "pyro_metassm.products"], "beartype.beartype")
 
+from problems import recordings
+
 from pyro_metassm import native
+from pyro_metassm.recordings import Recordings
 
 torch.set_num_threads(1)
 # The same examples on every machine, and no deadline: the first call of anything in torch is slow.
@@ -95,6 +98,12 @@ def global_state_guard() -> Iterator[None]:
     if leaks:
         _restore(_AT_START)
         pytest.fail("this test, or what it called, leaked global state:\n  " + "\n  ".join(leaks))
+
+
+@pytest.fixture(scope="session")
+def recs() -> Recordings:
+    """Small recordings that are unequal in every way; tests that need others define ``recs`` for themselves."""
+    return recordings()
 
 
 @pytest.fixture(scope="session")

@@ -10,11 +10,12 @@ import torch
 import pyro_metassm as pm
 from pyro_metassm.recordings import Batch, Recording, Recordings
 
+# name -> neurons, bins of each trial
 SHAPES = {
     "a": (3, (7, 4, 6)),
     "b": (5, (5, 9)),
     "c": (1, (5, 8, 8, 2)),
-}  # name -> neurons, bins of each trial
+}
 
 
 KINDS = {

@@ -102,7 +102,7 @@ def test_a_recording_has_its_groups(az, old, tree):
     table = az.summary(data, var_names=["latents"], coords={"trial": 0, "time": [0.0]}, kind="stats")
     assert len(table) == 2
     az.plot_forest(data, var_names=["latents"], coords={"trial": 0, "latent_dim": 0}, combined=True)
-    with pytest.raises(KeyError):
+    with pytest.raises(KeyError, match=r"no recording '.*'; there are '"):
         pm.to_arviz(tree, "nobody")
 
 

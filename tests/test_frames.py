@@ -83,9 +83,8 @@ def test_trials_too_short_for_a_flow_are_whitened_still(num_bins):
 
 def test_the_frame_does_not_depend_on_the_basis_of_observation():
     z = spiral()
-    mixing = torch.tensor(
-        [[1.3, -0.4], [0.2, 0.9]], dtype=z.dtype
-    )  # another observer, with another handedness
+    # Another observer, with another handedness.
+    mixing = torch.tensor([[1.3, -0.4], [0.2, 0.9]], dtype=z.dtype)
     mirror = torch.tensor([[-1.0, 0.0], [0.0, 1.0]], dtype=z.dtype)
     found = []
     for observed in (z, z @ mixing + 3.0, z @ mirror @ mixing):
@@ -165,9 +164,8 @@ def test_the_width_of_the_kernel_is_about_the_best_for_the_truth():
     }
     assert errors[width] < 1.15 * min(errors.values()) < 0.2 * errors[0.0]
     assert frames.smoothing_widths(signal, whole(signal)) == (0.0,)
-    assert frames.smoothing_widths(noisy[:, :, :2], whole(noisy[:, :, :2])) == (
-        0.0,
-    )  # nothing to smooth over
+    # Nothing to smooth over.
+    assert frames.smoothing_widths(noisy[:, :, :2], whole(noisy[:, :, :2])) == (0.0,)
 
 
 def test_every_recording_of_a_pool_has_the_kernel_about_that_it_has_alone_and_few_bins_that_of_the_others():
@@ -178,9 +176,8 @@ def test_every_recording_of_a_pool_has_the_kernel_about_that_it_has_alone_and_fe
     alone = [frames.smoothing_widths(x, whole(x))[0] for x in pool.unsqueeze(1)]
     together = frames.smoothing_widths(pool, whole(pool))
     assert alone[0] < alone[1] and together[0] < together[1]
-    for one, other in zip(
-        alone, together, strict=True
-    ):  # to a kernel: what lies together is a little likelier
+    # To a kernel: what lies together is a little likelier.
+    for one, other in zip(alone, together, strict=True):
         assert abs(frames.KERNELS.index(one) - frames.KERNELS.index(other)) <= 1
     few = whole(pool).clone()
     few[0, 0, 3:], few[0, 1:] = False, False  # three bins
@@ -193,9 +190,8 @@ def test_lagged_subspace_ignores_noise_that_is_independent_from_bin_to_bin():
     torch.manual_seed(0)
     z = spiral(num_trials=200).float()
     read_out = torch.linalg.qr(torch.randn(20, 2))[0].mT
-    noise = torch.randn(200, 60, 20) * torch.linspace(
-        0.1, 3.0, 20
-    )  # far louder than the signal, unequal by neuron
+    # Far louder than the signal, unequal by neuron.
+    noise = torch.randn(200, 60, 20) * torch.linspace(0.1, 3.0, 20)
     features = z @ read_out + noise
     features = features - features.mean((0, 1))
     basis = frames.lagged_subspace(features, whole(features), 2)

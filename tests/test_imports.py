@@ -11,11 +11,11 @@ ROOT = Path(__file__).resolve().parents[1]
 # with a leading underscore are private parts of the modules of their layer.
 LAYERS: tuple[set[str], ...] = (
     {
-        "_attributes", "_batch", "_checks", "_dataset", "_findings", "_interrupts", "_machine", "_recording",
+        "_attributes", "_batch", "_budget", "_checks", "_dataset", "_findings", "_interrupts", "_machine", "_recording",
         "_selecting", "_smoothing", "_summary",
         "adaptations", "blocks", "capture", "describing", "dims", "distributions", "dynamics", "global_sites", "hooks",
-        "io", "likelihoods", "native", "neurons", "observations", "products", "rebuilding", "recordings", "simulate",
-        "sites", "specification", "transitions", "writing",
+        "integrating", "io", "likelihoods", "native", "neurons", "observations", "products", "rebuilding", "recordings",
+        "simulate", "sites", "specification", "transitions", "writing",
     },
     {"models"},
     {"guides"},

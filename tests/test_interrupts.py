@@ -10,12 +10,10 @@ import numpy as np
 import pytest
 import torch
 from fits import QUICK, assert_parameters, assert_same, parts, state
-from problems import recordings
 
 import pyro_metassm as pm
 from pyro_metassm import _interrupts as interrupts
 from pyro_metassm import _machine as machine
-from pyro_metassm.recordings import Recordings
 from pyro_metassm.trainer import Trainer
 from pyro_metassm.warm_start import DynamicsFirst
 
@@ -25,16 +23,10 @@ pytestmark = pytest.mark.skipif(
 LONG = QUICK | {"num_steps": 12}
 
 
-@pytest.fixture(scope="module")
-def recs() -> Recordings:
-    return recordings()
-
-
 @pytest.fixture(autouse=True)
 def handler_stays():
-    found = signal.signal(
-        signal.SIGINT, signal.default_int_handler
-    )  # a shell's background jobs ignore Ctrl-C
+    # A shell's background jobs ignore Ctrl-C.
+    found = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     signal.signal(signal.SIGINT, found)

@@ -179,9 +179,8 @@ def test_smoother_density_belongs_to_its_draws(problem):
     num, batch = 5_000, recs.batch(model.names, dtype=torch.float64)
     q = guide.latents_posterior(batch)
     z = q.sample((num,))
-    squares = 2 * (
-        q.log_prob(q.mean) - q.log_prob(z)
-    )  # chi^2 with n degrees of freedom: mean n, variance 2 n
+    # chi^2 with n degrees of freedom: mean n, variance 2 n.
+    squares = 2 * (q.log_prob(q.mean) - q.log_prob(z))
     n = 2.0 * batch.time_mask.sum(-1)
     assert ((squares.mean(0) - n).abs() <= SIGMAS * (2 * n / num).sqrt()).all()
     error = ((squares.var(0) - 2 * n).abs() - 1e-12) / (2 * n).clamp(min=1)

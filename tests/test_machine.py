@@ -39,9 +39,8 @@ def test_freed_memory_stays_for_the_next_step():
 
     with machine.memory_kept():
         fresh = faults()
-        kept = min(
-            faults() for _ in range(5)
-        )  # small objects made between may take a piece of it, now and then
+        # Small objects made between may take a piece of it, now and then.
+        kept = min(faults() for _ in range(5))
     assert kept < 0.2 * fresh or fresh < 2_000  # few where the system hands out large pages
 
 

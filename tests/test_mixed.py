@@ -27,9 +27,8 @@ from pyro_metassm.read_outs import Units, fit_read_outs
 from pyro_metassm.recordings import Recording, Recordings
 
 DOUBLE = torch.float64
-same = partial(
-    torch.testing.assert_close, rtol=1e-13, atol=1e-13
-)  # but for the order of vectorised operations
+# But for the order of vectorised operations.
+same = partial(torch.testing.assert_close, rtol=1e-13, atol=1e-13)
 FAMILY = LIKELIHOODS["Mixed"]  # b: Gaussian; of the others "unit" Poisson, the rest Gamma
 KINDS = {"a": [1, 2, 2], "b": [0] * 5, "c": [1]}
 

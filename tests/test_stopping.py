@@ -10,14 +10,8 @@ from fits import QUICK, assert_parameters, assert_same, parts, state
 from problems import recordings
 
 import pyro_metassm as pm
-from pyro_metassm.recordings import Recordings
 from pyro_metassm.trainer import Trainer
 from pyro_metassm.warm_start import DynamicsFirst
-
-
-@pytest.fixture(scope="module")
-def recs() -> Recordings:
-    return recordings()
 
 
 def spoiled(monkeypatch, bad, recording="b", trial=1, value=3e38) -> None:

@@ -146,9 +146,8 @@ def test_files_that_are_none(tmp_path):
             ):
                 pm.read_mat(tmp_path / "a.mat", bin_width=0.02)
     with h5py.File(tmp_path / "b.mat", "w") as file:
-        file.create_dataset(
-            "spikes", (2**20, 2**20, 4), "f8", chunks=(1, 2**10, 4)
-        )  # claims what it does not hold
+        # Claims what it does not hold.
+        file.create_dataset("spikes", (2**20, 2**20, 4), "f8", chunks=(1, 2**10, 4))
     with pytest.raises(ValueError, match="needed at most"):
         pm.read_mat(tmp_path / "b.mat", bin_width=0.02)
     with h5py.File(tmp_path / "c.mat", "w") as file:  # a cell that holds itself

@@ -143,6 +143,14 @@ def test_nothing_to_hold_out_is_said_in_words():
         pm.suggest_dims(pm.Recordings([silent]), latent_dim=(1,), hidden_dim=8, **QUICK)
 
 
+def test_a_context_without_a_bin_after_it_is_refused(recs):
+    """Trials of 16 bins: 16 leave nothing to score, 15 do."""
+    options = {"latent_dim": (1,), "embedding_dim": (1,), "hidden_dim": 8, **QUICK}
+    with pytest.raises(ValueError, match=r"needed trials of more than context = 16 bins to score, .* has 16"):
+        pm.suggest_dims(recs, context=16, **options)
+    assert np.isfinite(pm.suggest_dims(recs, context=15, horizon=1, **options).table["forecast"]).all()
+
+
 def test_drift_is_the_last_third_by_a_fit_of_the_first():
     """Neurons that swap places after half of the trials: the fit of the first third fails on the last one."""
     values = np.random.default_rng(0).poisson(1.0, (36, 10, 4)).astype(float)

@@ -13,12 +13,6 @@ import pyro_metassm as pm
 from pyro_metassm.recordings import Recording, Recordings
 from pyro_metassm.trainer import Options, Trainer
 
-
-@pytest.fixture(scope="module")
-def recs() -> Recordings:
-    return recordings()
-
-
 # ---- determinism, side effects ----------------------------------------------------------------------------------
 
 
@@ -218,9 +212,8 @@ def test_an_unknown_recording_is_pointed_to_adapt(recs):
     with pytest.raises(ValueError, match=r"recording 'b'.*make the model with it"):
         pm.fit(model, guide, recs, **QUICK)
     fit = pm.fit(model, guide, recs.drop(["b"]), **QUICK)
-    with pytest.raises(
-        ValueError, match=r"recording 'b'.*make the model with it"
-    ):  # after the guide has been started, too
+    # After the guide has been started, too.
+    with pytest.raises(ValueError, match=r"recording 'b'.*make the model with it"):
         pm.fit(fit.model, fit.guide, recs, **QUICK)
 
 

@@ -19,7 +19,7 @@ from pyro_metassm import _machine as machine
 from pyro_metassm.draws import global_draws, seeded
 from pyro_metassm.dynamics import AdaptedMLP
 from pyro_metassm.models.meta_ssm import MetaSSM
-from pyro_metassm.result import Fit
+from pyro_metassm.result import Fit, check_fit
 
 BOUND = 1e6  # of the absolute values of states: what leaves it has left for good
 At = str | Sequence[str] | np.ndarray | Tensor | xr.DataArray
@@ -145,6 +145,7 @@ class Source:
     """
 
     def __init__(self, caller: str, fit: Fit, at: At, num_draws: int = 100, seed: int = 0):
+        check_fit(fit)
         checks.integers(least=0, num_draws=num_draws)
         self.caller, self.fit, self.seed = caller, fit, seed
         self.model = _autonomous(caller, fit)

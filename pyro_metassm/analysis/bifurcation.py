@@ -18,7 +18,7 @@ from pyro_metassm.analysis.fixed_points import rates
 from pyro_metassm.analysis.limit_cycles import Found
 from pyro_metassm.analysis.limit_cycles import find as find_cycles
 from pyro_metassm.recordings import Recordings
-from pyro_metassm.result import Fit
+from pyro_metassm.result import Fit, check_fit
 
 GATE = 0.3  # over the scale: how far a branch may move from one point of the path to the next
 STARTS, STARTS_OF_DRAWS, CYCLE_STARTS = 64, 12, 6
@@ -78,6 +78,7 @@ def bifurcation(
         >>> dict(found["embedding"].sizes)
         {'draw': 2, 'point': 3, 'embedding_dim': 1}
     """
+    check_fit(fit)
     checks.integers(least=2, num_points=num_points)
     draws, middle = _path(fit, along, num_points, num_draws, seed)
     source = Source("bifurcation", fit, np.swapaxes(draws, 0, 1), num_draws, seed)

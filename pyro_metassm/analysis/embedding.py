@@ -15,7 +15,7 @@ from pyro_metassm.analysis._region import Region, visited
 from pyro_metassm.analysis.fixed_points import STARTS_OF_MEAN
 from pyro_metassm.analysis.fixed_points import find as find_points
 from pyro_metassm.recordings import Recordings
-from pyro_metassm.result import Fit
+from pyro_metassm.result import Fit, check_fit
 
 STATES = 48  # of every recording, that flows are compared on
 STATES_OF_ONE = 300
@@ -60,6 +60,7 @@ def embedding_map(
         >>> pm.analysis.embedding_map(fit, recs, attrs=["velocity"], num_draws=4)["velocity"].values
         array([2.5, 5. ])
     """
+    check_fit(fit)
     known = [name for k, name in enumerate(fit.names) if bool(fit.statistics[k].isfinite().all())]
     names = known if recs is None else list(recs)
     source = Source("embedding_map", fit, names, num_draws, seed)

@@ -19,9 +19,8 @@ COLUMNS = ("recording", "method", "num_trials", "quantity", "index", "value")
 METHODS = {"adapted": ("adapted", "-"), "scratch": ("from scratch", "--"), "constant": ("constant", ":")}
 WORST = -1.0  # the least that is drawn of a score
 WORSE = 2.0  # roll-out error, in that of the worst known recording, up to which a new one is like them
-UNEXPLAINED = (
-    0.5  # in variances, where nothing is known of the known ones: roll-outs miss more than they explain
-)
+# In variances, where nothing is known of the known ones: roll-outs miss more than they explain.
+UNEXPLAINED = 0.5
 ALIKE = 0.01  # difference of scores up to which neither is called better
 FEW = 12  # known recordings that are named
 NINETY = np.sqrt(-2 * np.log(0.1))  # sd within which a Normal plane holds 90 %

@@ -10,9 +10,9 @@ from functools import lru_cache
 import numpy as np
 import xarray as xr
 
-from pyro_metassm import simulate
 from pyro_metassm._selecting import generator_of
 from pyro_metassm.experiments.systems import Family
+from pyro_metassm.integrating import Flow, integrate, runge_kutta
 from pyro_metassm.recordings import Recording, Recordings
 
 SIGMA, BETA = 10.0, 8.0 / 3.0
@@ -85,8 +85,8 @@ def lorenz(
         attrs = {"system": "lorenz", "rho": value, "mean": mean, "sd": sd, "lyapunov_time": lyapunov_time}
         derivative = flow(value, mean, sd)
         start = _path(derivative, of_path.standard_normal((num_trials, 3)), SETTLED)[:, -1]
-        latents = simulate._integrate(
-            simulate._runge_kutta,
+        latents = integrate(
+            runge_kutta,
             derivative,
             start,
             num_steps=num_bins,
@@ -112,7 +112,7 @@ def lorenz(
     return Recordings(recordings, truth=truth)
 
 
-def flow(rho: float, mean: Sequence[float], sd: Sequence[float]) -> simulate.Flow:
+def flow(rho: float, mean: Sequence[float], sd: Sequence[float]) -> Flow:
     """The derivative in standardised coordinates."""
     center, scale = np.asarray(mean), np.asarray(sd)
 
@@ -133,14 +133,14 @@ def attractor(rho: float) -> tuple[list[float], list[float], float]:
     return mean.tolist(), sd.tolist(), 1 / lyapunov_exponent(raw, states[:, -1])
 
 
-def lyapunov_exponent(derivative: simulate.Flow, states: np.ndarray, num_steps: int = 3000) -> float:
+def lyapunov_exponent(derivative: Flow, states: np.ndarray, num_steps: int = 3000) -> float:
     """The largest one (1 / s): how fast neighbours part, which are brought together after every step (Benettin)."""
     distance = 1e-6
     direction = np.random.default_rng(1).standard_normal(states.shape)
     other = states + distance * direction / np.linalg.norm(direction, axis=-1, keepdims=True)
     growth = 0.0
     for step in range(num_steps):
-        states, other = (simulate._runge_kutta(derivative, z, DT) for z in (states, other))
+        states, other = (runge_kutta(derivative, z, DT) for z in (states, other))
         apart = np.linalg.norm(other - states, axis=-1, keepdims=True)
         other = states + (other - states) * (distance / apart)
         if step >= num_steps // 10:  # by then the direction is that of the fastest growth
@@ -148,9 +148,9 @@ def lyapunov_exponent(derivative: simulate.Flow, states: np.ndarray, num_steps: 
     return growth / ((num_steps - num_steps // 10) * DT)
 
 
-def _path(derivative: simulate.Flow, start: np.ndarray, num_steps: int) -> np.ndarray:
-    return simulate._integrate(
-        simulate._runge_kutta,
+def _path(derivative: Flow, start: np.ndarray, num_steps: int) -> np.ndarray:
+    return integrate(
+        runge_kutta,
         derivative,
         start,
         num_steps=num_steps,

@@ -47,9 +47,8 @@ def run(
         model = MetaSSM(recs, latent_dim=2, embedding_dim=1)
         result = fit(model, DKF(model), train, num_steps=num_steps, seed=seed, progress=progress)
     with report.timed(seconds, "posterior"):
-        shown = test.take_trials(
-            min(SHOWN, test[test.names[0]].num_trials), seed=seed
-        )  # the scores use all of them
+        # The scores use all of them.
+        shown = test.take_trials(min(SHOWN, test[test.names[0]].num_trials), seed=seed)
         tree = posterior(result, shown, num_samples=50, seed=seed)
     with report.timed(seconds, "forecast"):
         ahead = forecast(result, shown, context=CONTEXT, horizon=HORIZON, num_samples=50, seed=seed)
@@ -58,9 +57,8 @@ def run(
         result.save(out / "fit")
         report.write_tree(tree, out / "posterior.nc")
         report.write_tree(ahead, out / "forecast.nc")
-    seconds |= {
-        phase: result.history.attrs[f"{phase}_seconds"] for phase in ("warm_start", "svi")
-    }  # parts of "fit"
+    # Parts of "fit".
+    seconds |= {phase: result.history.attrs[f"{phase}_seconds"] for phase in ("warm_start", "svi")}
     numbers = {
         "forecast_r2": {str(k): report.by_recording(score.sel(horizon_step=k)) for k in STEPS},
         "reconstruction_r2": report.by_recording(metrics.reconstruction_r2(result, test, seed=seed)),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -11,10 +11,11 @@ import xarray as xr
 from pyro_metassm import simulate
 from pyro_metassm._scores import explained
 from pyro_metassm.experiments import chaos
+from pyro_metassm.integrating import Flow, Step, euler, integrate, runge_kutta
 from pyro_metassm.recordings import Recordings
 
 
-def derivative_of(attrs: Mapping[Any, Any]) -> simulate.Flow:
+def derivative_of(attrs: Mapping[Any, Any]) -> Flow:
     """The noise-free dynamics of a simulated recording, from the attrs of its truth."""
     match attrs:
         case {"system": "lorenz", "rho": rho, "mean": mean, "sd": sd}:
@@ -33,7 +34,7 @@ def advance(
     """Where states ``(N, latent_dim)`` go without noise, ``(N, num_bins, latent_dim)``, by the simulation's rule."""
     step, dt = _rule(attrs)
     derivative = derivative_of(attrs)
-    path = simulate._integrate(
+    path = integrate(
         step,
         lambda z: np.clip(derivative(np.clip(z, -bound, bound)), -bound, bound),
         np.asarray(states, np.float64),
@@ -46,12 +47,12 @@ def advance(
     return path[:, 1:]
 
 
-def _rule(attrs: Mapping[Any, Any]) -> tuple[Callable, float]:
+def _rule(attrs: Mapping[Any, Any]) -> tuple[Step, float]:
     """How the system was integrated, and its step in s."""
     system = attrs["of"]["system"] if attrs["system"] == "reversed" else attrs["system"]
     if system == "limit cycle":
-        return simulate._euler, 0.01
-    return simulate._runge_kutta, chaos.DT if system == "lorenz" else 0.025
+        return euler, 0.01
+    return runge_kutta, chaos.DT if system == "lorenz" else 0.025
 
 
 def targets(recs: Recordings, name: str, context: int, horizon: int, counts: bool) -> np.ndarray:

@@ -9,9 +9,8 @@ from pathlib import Path
 
 LARGEST = 16 * 2**30  # bytes
 SMALL = 32 * 2**20  # bytes that any file may claim
-EXPANSION = (
-    512  # bytes that one byte of a larger file may claim: sparse counts are packed 20 to 200 times smaller
-)
+# Bytes that one byte of a larger file may claim: sparse counts are packed 20 to 200 times smaller.
+EXPANSION = 512
 
 
 @contextmanager

@@ -78,9 +78,8 @@ class ZeroInflatedPoisson(_Counts):
 
     def __init__(self, neurons: NeuronTable):
         super().__init__(neurons)
-        self.gate = nn.Parameter(
-            torch.full((neurons.total,), -3.0)
-        )  # one bin in twenty: the rates come first
+        # One bin in twenty: the rates come first.
+        self.gate = nn.Parameter(torch.full((neurons.total,), -3.0))
 
     def forward(self, predictor: Tensor, recording: Tensor) -> TorchDistribution:
         ceiling = self.by_neuron(self.log_ceiling, predictor, recording)

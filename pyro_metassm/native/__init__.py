@@ -32,11 +32,12 @@ FLAGS = (
     "-fPIC",
     "-shared",
 )
+# What compilers call "this processor": the first that is understood.
 MACHINE = (
     "-march=native",
     "-mcpu=native",
     "",
-)  # what compilers call "this processor": the first that is understood
+)
 
 
 def library(source: Path, *macros: str) -> ctypes.CDLL | None:

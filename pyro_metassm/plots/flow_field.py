@@ -13,7 +13,7 @@ from pyro_metassm import _machine as machine
 from pyro_metassm._aligning import AffineMap, align, displacement, mean_embedding, successor, tree_latents
 from pyro_metassm.plots import _fields as fields
 from pyro_metassm.plots._style import new_axes
-from pyro_metassm.result import Fit
+from pyro_metassm.result import Fit, check_fit
 from pyro_metassm.simulate import flow as true_flow
 from pyro_metassm.trees import part
 
@@ -60,6 +60,7 @@ def flow_field(
     Raises:
         ValueError: an unknown recording, a single latent, ``align=True`` without a tree of a simulation.
     """
+    check_fit(fit)
     if recording not in fit.names:
         raise ValueError(f"flow_field: needed one of the recordings {fit.names}, got {recording!r}")
     aligned = _map(align, tree, recording)
@@ -160,6 +161,7 @@ def flow_comparison(
     Raises:
         ValueError: as :func:`align` and :func:`true_flow_field`.
     """
+    check_fit(fit)
     if axes is None:
         import matplotlib.pyplot as plt
 

@@ -8,7 +8,7 @@ import numpy as np
 
 from pyro_metassm.plots._style import BLUE, ORANGE, new_axes
 from pyro_metassm.recordings import Recordings
-from pyro_metassm.result import Fit
+from pyro_metassm.result import Fit, check_fit
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -37,6 +37,7 @@ def history(
     Raises:
         ValueError: a fit without steps.
     """
+    check_fit(fit)
     if not fit.history.sizes.get("step", 0) or "elbo" not in fit.history:
         raise ValueError("history: needed a fit with at least one step, got none; use num_steps > 0")
     ax = new_axes(ax)

@@ -13,7 +13,7 @@ import xarray as xr
 
 from pyro_metassm import _checks as checks
 from pyro_metassm.recordings import Recording, Recordings
-from pyro_metassm.result import Fit
+from pyro_metassm.result import Fit, check_fit
 
 T = TypeVar("T")
 Scores = dict[str, dict[str, dict[str, float]]]
@@ -112,6 +112,7 @@ def refuse(fit: Fit, recs: Recordings | None, train: Recordings | None) -> None:
         ValueError: recordings that it does not know, with another number of neurons or in other bins; training trials
             that lack a recording of the others.
     """
+    check_fit(fit)
     for data in (recs, train):
         for recording in () if data is None else data.values():
             fit.model.neurons.check([recording.name], [recording.num_neurons])

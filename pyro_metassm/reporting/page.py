@@ -78,8 +78,8 @@ def report(
         >>> pm.report(fit, out=out, num_draws=2, progress=False).stat().st_size < 5_000_000
         True
     """
-    title = f"A fit of {len(fit.names)} recordings" if title is None else title
     asked = ask(fit, recs, train, Told(), context, horizon, num_samples, num_draws, seed)
+    title = f"A fit of {len(fit.names)} recordings" if title is None else title
     return write(asked, out, title, progress)
 
 

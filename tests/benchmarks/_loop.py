@@ -11,9 +11,8 @@ from _cases import Case
 from _networks import Networks
 from torch import Tensor, nn
 
-Noise = tuple[
-    Tensor, Tensor, Tensor
-]  # for e (embedding_dim,) and z (K, T, latent_dim); roll-outs (K, T) bool
+# For e (embedding_dim,) and z (K, T, latent_dim); roll-outs (K, T) bool.
+Noise = tuple[Tensor, Tensor, Tensor]
 
 
 class Loop:

@@ -238,9 +238,8 @@ def test_nothing_of_torch_is_imported_for_a_precision_that_a_file_names(tmp_path
     )
     fit.save(tmp_path)
     header = json.loads((tmp_path / "fit.json").read_text())
-    (tmp_path / "fit.json").write_text(
-        json.dumps(header | {"dtype": "_inductor"})
-    )  # torch imports it when asked for
+    # Torch imports it when asked for.
+    (tmp_path / "fit.json").write_text(json.dumps(header | {"dtype": "_inductor"}))
     before = set(sys.modules)
     with pytest.raises(ValueError, match="needed dtype float32 or float64, got '_inductor'"):
         pm.load(tmp_path)

@@ -19,9 +19,8 @@ from typing import Any
 from hostile import Target
 
 SECONDS = 10.0  # of the processor, for one case
-MEMORY = (
-    2**30
-)  # bytes by which the largest memory of the process may grow beyond what it was after the first good file
+# Bytes by which the largest memory of the process may grow beyond what it was after the first good file.
+MEMORY = 2**30
 # What the interpreter says of everything that could run what a file holds; `compile` alone, without `exec`, is how
 # numpy reads a header (ast.literal_eval).
 FORBIDDEN = (

@@ -2,7 +2,6 @@
 
 import re
 
-import edits_page
 import pyro.distributions as dist
 import pytest
 import torch
@@ -11,16 +10,6 @@ from fits import QUICK
 from pyro.nn import PyroSample
 
 import pyro_metassm as pm
-
-
-@pytest.fixture(scope="module")
-def recs() -> pm.Recordings:
-    return edits_page.subjects()
-
-
-@pytest.fixture(scope="module")
-def driven() -> pm.Recordings:
-    return edits_page.driven()
 
 
 def model_with(**hooks):

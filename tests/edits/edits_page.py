@@ -14,7 +14,7 @@ import pyro_metassm as pm
 
 DOUBLE = torch.float64
 SIZES = {"latent_dim": 2, "embedding_dim": 2, "hidden_dim": 5}
-PAGE = Path(__file__).parents[1] / "docs" / "edits.md"
+PAGE = Path(__file__).parents[2] / "docs" / "edits.md"
 
 
 def classes_of_the_page() -> SimpleNamespace:

@@ -2,7 +2,6 @@
 
 import warnings
 
-import edits_page
 import numpy as np
 import pyro.distributions as dist
 import pytest
@@ -11,16 +10,6 @@ from edits_page import DOUBLE, SIZES, batch_of, edits, made, nodes, numbers
 from scipy import stats
 
 import pyro_metassm as pm
-
-
-@pytest.fixture(scope="module")
-def recs() -> pm.Recordings:
-    return edits_page.subjects()
-
-
-@pytest.fixture(scope="module")
-def driven() -> pm.Recordings:
-    return edits_page.driven()
 
 
 def test_horseshoe(recs):

@@ -8,9 +8,9 @@ import pyro
 import pytest
 import torch
 import xarray as xr
+from drawn_fits import fit_for, identical
 from problems import linear_gaussian, recordings
 from test_linear_gaussian import as_fit, evidences
-from test_posterior import fit_for, identical
 
 import pyro_metassm as pm
 from pyro_metassm import draws, keeping
@@ -175,9 +175,8 @@ def test_the_tree_goes_through_netcdf(recs, fit, tmp_path):
         same(tree, back.load())
 
 
-@pytest.mark.filterwarnings(
-    "ignore:.*(Zarr format 3|Zarr V3|Consolidated metadata)"
-)  # zarr's, of its own format
+# Zarr's, of its own format.
+@pytest.mark.filterwarnings("ignore:.*(Zarr format 3|Zarr V3|Consolidated metadata)")
 @pytest.mark.parametrize("zarr_format", [2, 3])
 def test_the_tree_goes_through_zarr(recs, fit, tmp_path, zarr_format):
     tree = pm.join(*parts(fit, recs.select(["a"])))
@@ -204,9 +203,8 @@ def test_log_likelihood_of_a_trial_is_its_evidence():
 
 
 @pytest.mark.parametrize("chunk_size", [None, 1, 2])
-@pytest.mark.parametrize(
-    "elements", [8_000_000, 3 * 9 * (5 + 1024)]
-)  # all draws at a time, three of one trial
+# All draws at a time, three of one trial.
+@pytest.mark.parametrize("elements", [8_000_000, 3 * 9 * (5 + 1024)])
 def test_statistics_are_those_of_the_draws(recs, fit, monkeypatch, chunk_size, elements):
     monkeypatch.setattr(draws, "ELEMENTS", elements)
     options = {"num_samples": 8, "predictive": True, "chunk_size": chunk_size, "seed": 4}
@@ -294,17 +292,15 @@ def test_memory_is_what_was_stated(at_once):
 def test_statistics_take_no_memory_for_the_draws(wide, monkeypatch):
     recs, fit = wide
     num = 100
-    monkeypatch.setattr(
-        draws, "ELEMENTS", num * 10 * (50 + draws.NETWORK_WIDTH)
-    )  # the draws of one trial at a time
+    # The draws of one trial at a time.
+    monkeypatch.setattr(draws, "ELEMENTS", num * 10 * (50 + draws.NETWORK_WIDTH))
     one = 4 * num * 10 * (50 + 2)
     kept = one + 4 * 7 * 30 * 10 * (50 + 2)
     found = peak(
         lambda: pm.posterior(fit, recs, num_samples=num, keep=STATISTICS, max_gib=1.01 * kept / 2**30)
     )
-    assert (
-        found < kept + 6 * one + 400_000 < 30 * one / 1.5
-    )  # the data and the tree itself are small; draws were 30
+    # The data and the tree itself are small; draws were 30.
+    assert found < kept + 6 * one + 400_000 < 30 * one / 1.5
 
 
 def test_what_would_not_fit_is_refused_before_it_is_allocated(wide):
