@@ -179,11 +179,6 @@ def _state(trainer, specification: dict) -> bytes:
         "seconds": trainer.seconds,
         "validated": trainer.validated,
         "skipped": trainer.history.skipped_as_plain(),
-        # Of the options of Adam nothing but the rate changes, and which there are depends on device and version.
-        "rates": [group["lr"] for group in optimizer["param_groups"]],
-        "schedule": {
-            k: v for k, v in trainer.schedule.state_dict().items() if isinstance(v, int | float | list)
-        },
         "numpy_rng": trainer.rng.bit_generator.state,
     }
     text = json.dumps(header)
@@ -199,10 +194,17 @@ def _restore(trainer, header: dict, tensors: dict[str, torch.Tensor]) -> None:
     for key, value in _part(tensors, "optimizer.").items():
         index, name = key.split(".", 1)
         state.setdefault(int(index), {})[name] = value
-    groups = trainer.optimizer.state_dict()["param_groups"]
-    groups = [own | {"lr": rate} for own, rate in zip(groups, header["rates"], strict=True)]
+    # Of Adam's options the rate alone changes, and it is a function of the step; which others there are depends on the
+    # device and the version.
+    schedule, step = trainer.schedule, header["step"]
+    rates = [peak * factor(step) for peak, factor in zip(schedule.base_lrs, schedule.lr_lambdas, strict=True)]
+    groups = [
+        own | {"lr": rate}
+        for own, rate in zip(trainer.optimizer.state_dict()["param_groups"], rates, strict=True)
+    ]
     trainer.optimizer.load_state_dict({"state": state, "param_groups": groups})
-    trainer.schedule.load_state_dict(header["schedule"])
+    at = {"last_epoch": step, "_step_count": step + 1, "_last_lr": rates}
+    schedule.load_state_dict(schedule.state_dict() | at)
     trainer.rng.bit_generator.state = header["numpy_rng"]
     torch.set_rng_state(tensors["rng"])
     if "rng_cuda" in tensors and trainer.device.type == "cuda":

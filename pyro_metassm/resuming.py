@@ -31,17 +31,8 @@ def check_state(header: dict, tensors: dict[str, torch.Tensor], trainer) -> None
     step, most = header.get("step"), trainer.options.num_steps
     if type(step) is not int or not 0 <= step <= most:
         raise ValueError(f"step: needed an integer from 0 to {most}, got {step!r}")
-    schedule = {k: v for k, v in trainer.schedule.state_dict().items() if isinstance(v, int | float | list)}
-    peaks = [group["initial_lr"] for group in trainer.optimizer.param_groups]
-    _alike("rates", header.get("rates"), peaks)
-    _alike("schedule", header.get("schedule"), schedule)
     _alike("numpy_rng", header.get("numpy_rng"), trainer.rng.bit_generator.state)
     _alike("seconds", header.get("seconds"), trainer.seconds)
-    rates = header["rates"]
-    if header["schedule"]["base_lrs"] != peaks or any(r > p for r, p in zip(rates, peaks, strict=True)):
-        raise ValueError(f"rates: needed at most {peaks}, got {rates}")
-    if header["schedule"]["last_epoch"] != step:
-        raise ValueError(f"schedule: needed that of step {step}, got {header['schedule']['last_epoch']}")
     if header.get("validated", "nothing") is not None:
         _alike("validated", header.get("validated"), 0.0)
     _check_skipped(header.get("skipped"), step, trainer.recs)

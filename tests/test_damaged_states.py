@@ -93,7 +93,7 @@ def test_other_formats_and_what_is_no_state_are_refused(recs, tmp_path, monkeypa
     for change, message in (
         ({"format": 2}, "needed format 1, got 2, written by another version.*choose another folder"),
         ({"specification": "?"}, "needed the state of this fit, got that of another"),
-        ({"rates": []}, "needed the state of a fit"),
+        ({"seconds": []}, "needed the state of a fit"),
         ({"step": ...}, "needed the state of a fit"),
     ):
         forged(last, **change)

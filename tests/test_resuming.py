@@ -69,12 +69,7 @@ SKIPPED = {"step": 2, "what": "loss", "trials": {"a": [0]}}
 COLUMN = torch.zeros(STEP, dtype=torch.float64)
 CHANGES = {
     "step: needed": [header_with("step", value) for value in (-1, True, 3.0, "3", None, 7)],
-    "schedule: needed that of step": [header_with("step", 2), header_with("schedule.last_epoch", 4)],
-    "schedule.last_epoch": [header_with("schedule.last_epoch", 2.5)],
-    "groups: needed rates of at most": [
-        header_with("groups.0.lr", 1e300),
-        header_with("schedule.base_lrs", [0.01, 1e9]),
-    ],
+    "history.elbo: needed at most 2": [header_with("step", 2)],
     "validated: needed": [header_with("validated", value) for value in ("x", -1.0, math.nan, True, [1])],
     "skipped: needed a list": [header_with("skipped", value) for value in (None, {}, 5)],
     "skipped: needed step, what and trials": [
