@@ -76,7 +76,7 @@ class Revised(MetaSSM):
         return with_last_layer(dynamics, self.change(e, self.last_layer))
 
     def change(self, e: Tensor, u: Tensor) -> Tensor:
-        """``W (..., R, 1, hidden_dim + 1, latent_dim)`` of ``e (..., R, 1, embedding_dim)`` and ``u (..., direction)``."""
+        """``W(e) (..., R, 1, hidden_dim + 1, latent_dim)`` at ``e (..., R, 1, embedding_dim)``."""
         parts = torch.tensordot(u, self.directions, 1)  # (..., function, feature, latent_dim)
         return self.features @ torch.einsum("...m,...mfd->...fd", self.functions_at(e), parts)
 
