@@ -1,6 +1,7 @@
 """A revision against dense Gaussian processes, known truths drawn from its own prior, and what it must leave alone."""
 
 import numpy as np
+import pyro.distributions as dist
 import pytest
 import torch
 import xarray as xr
@@ -174,23 +175,23 @@ class WithNoise(pm.models.MetaSSM):
 class WithSite(pm.models.MetaSSM):
     def __init__(self, recordings, **options):
         super().__init__(recordings, **options)
-        self.tau = PyroSample(torch.distributions.Normal(0.0, 1.0))
+        self.tau = PyroSample(dist.Normal(0.0, 1.0))
 
 
 def test_bad_input_is_named():
     recs = recordings(num_trials=2, num_bins=5)
-    with pytest.raises(ValueError, match="revise: needed a model with the hooks of MetaSSM.*transition"):
+    with pytest.raises(ValueError, match=r"revise: needed a model with the hooks of MetaSSM.*transition"):
         pm.revise(fit_of(recs, WithNoise), recs)
     with pytest.raises(ValueError, match="no global sites, got WithSite"):
         pm.revise(fit_of(recs, WithSite), recs)
-    with pytest.raises(ValueError, match="got SingleSession .adapt_dynamics, dynamics_of"):
+    with pytest.raises(ValueError, match=r"got SingleSession .adapt_dynamics, dynamics_of"):
         pm.revise(fit_of(recs, pm.models.SingleSession), recs)
     fit = fit_of(recs)
     other = pm.Recordings([pm.Recording("other", np.zeros((2, 5, 3)), bin_width=0.05)])
-    with pytest.raises(ValueError, match="revise: needed recordings that the fit was trained on.*'other'"):
+    with pytest.raises(ValueError, match=r"revise: needed recordings that the fit was trained on.*'other'"):
         pm.revise(fit, other)
     fit.statistics[1] = torch.nan
-    with pytest.raises(ValueError, match="revise: needed recordings that the fit was trained on.*'r1'"):
+    with pytest.raises(ValueError, match=r"revise: needed recordings that the fit was trained on.*'r1'"):
         pm.revise(fit, recs)
     with pytest.raises(ValueError, match="num_trials"):
         pm.revise(fit_of(recs), recs, num_trials=0)
