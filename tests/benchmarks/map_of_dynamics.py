@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -149,6 +149,14 @@ def summary(rows: list[dict]) -> dict:
     return result
 
 
+def _timed(function: Callable, *arguments, **options) -> tuple[Any, dict[str, float]]:
+    """What a function returns, and its seconds: of the clock, and of all its threads."""
+    wall, cpu = time.perf_counter(), time.process_time()
+    result = function(*arguments, **options)
+    seconds = {"wall": time.perf_counter() - wall, "cpu": time.process_time() - cpu}
+    return result, {key: round(value, 1) for key, value in seconds.items()}
+
+
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -173,13 +181,11 @@ def main(arguments: list[str] | None = None) -> None:
         for which, of, seen, unseen in cases:
             seconds = {}
             if options.revise:
-                start = time.perf_counter()
-                of = pm.revise(of, seen)
-                seconds["revise"] = time.perf_counter() - start
+                of, seconds["revise"] = _timed(pm.revise, of, seen)
             rows = [measure(of, seen, unseen, name, seed) for name in seen.names]
-            start = time.perf_counter()
-            analysis.fixed_points(of, list(seen.names), num_draws=DRAWS)
-            seconds[f"fixed points, {len(seen)} x {DRAWS}"] = time.perf_counter() - start
+            _, seconds[f"fixed points, {len(seen)} x {DRAWS}"] = _timed(
+                analysis.fixed_points, of, list(seen.names), num_draws=DRAWS
+            )
             found = {"fit": path, "seed": seed, "which": which, "rows": rows, "seconds": seconds}
             result.append(found | {"summary": summary(rows)})
             shown = result[-1]["summary"] | {"seconds": seconds}
