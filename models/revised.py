@@ -46,8 +46,12 @@ class Revised(MetaSSM):
         **options,
     ):
         super().__init__(recordings, rank=rank, hidden_dim=hidden_dim, **options)
-        sizes = {"num_places": num_places, "num_functions": num_functions, "num_features": num_features}
-        self.config |= {"family": family} | sizes
+        self.config |= {
+            "family": family,
+            "num_places": num_places,
+            "num_functions": num_functions,
+            "num_features": num_features,
+        }
         if family.dynamics_class is not self.dynamics_class:
             self.dynamics = family.dynamics_class(
                 self.latent_dim, self.embedding_dim, rank=rank, hidden_dim=hidden_dim

@@ -87,7 +87,8 @@ def _features(dynamics: AdaptedMLP, features: Tensor, z: Tensor) -> tuple[Tensor
 def covariances(path: GaussianPath) -> tuple[list[Tensor], list[Tensor]]:
     """``cov(z_t)`` of every bin, ``cov(z_t, z_{t+1})`` of all but the last, of a recording's trials ``(K, d, d)``."""
     eye = torch.eye(path.loc.shape[-1], dtype=path.loc.dtype, device=path.loc.device)
-    own, cross = [], []
+    own: list[Tensor] = []
+    cross: list[Tensor] = []
     for t in range(len(path.lower) - 1, -1, -1):
         inverse = solve_triangular(path.lower[t][0], eye.expand_as(path.lower[t][0]), upper=False)
         inner = eye

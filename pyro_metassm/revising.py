@@ -74,7 +74,7 @@ def revise(fit: Fit, recs: Recordings, *, num_trials: int = 32, num_rounds: int 
     size = features.shape[1], base.latent_dim
     at = torch.stack([s.embedding for s in sources])
     weights = torch.zeros(len(sources), size[0] * size[1]).to(at)
-    process, gain = None, 0.0
+    process: Process | None = None
     for _ in range(num_rounds):
         found = [
             information(base, s.dynamics, features, w.unflatten(0, size), s.paths, s.batch)
@@ -91,6 +91,7 @@ def revise(fit: Fit, recs: Recordings, *, num_trials: int = 32, num_rounds: int 
             process, gain = _likeliest(at, slope, matrix)
         mean, covariance = process.posterior(slope, matrix)
         weights = process.of_places @ mean.unflatten(0, (-1, size[0] * size[1]))
+    assert process is not None
     revised = _revised(fit, features, process, mean, covariance)
     report = {"evidence": gain, "reach": process.reach, "sd": process.variance**0.5}
     return dataclasses.replace(revised, attrs=fit.attrs | {"revision": report})
@@ -237,7 +238,7 @@ def _but_the_site(module) -> dict[str, Tensor]:
 def _base(fit: Fit, recs: Recordings) -> MetaSSM:
     """The model without a revision, in double precision, of a fit whose last layer can be revised."""
     model = fit.model
-    kind = model.config["family"] if isinstance(model, Revised) else type(model)
+    kind: type[MetaSSM] = model.config["family"] if isinstance(model, Revised) else type(model)
     other = [hook for hook in HOOKS if getattr(kind, hook) is not getattr(MetaSSM, hook)]
     if other or (declared(model) and not isinstance(model, Revised)) or model.reads_inputs:
         raise ValueError(

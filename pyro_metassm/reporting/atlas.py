@@ -21,8 +21,8 @@ GUIDE = (
     "error of these, and are too narrow; pm.revise(fit, recs) makes a fit whose draws hold more of it."
 )
 REVISED = (
-    "All spreads are over draws of the embedding and of the last layer of the networks (pm.revise). They hold no error of "
-    "the other layers, nor of the read-outs."
+    "All spreads are over draws of the embedding and of the last layer of the networks (pm.revise). They hold no "
+    "error of the other layers, nor of the read-outs."
 )
 
 
