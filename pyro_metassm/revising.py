@@ -46,7 +46,7 @@ def revise(fit: Fit, recs: Recordings, *, num_trials: int = 32, num_rounds: int 
         fit: of a :class:`~pyro_metassm.models.MetaSSM`, or of a subclass that names another ``dynamics_class`` and
             has no hooks of its own; or what this function returned, of which ``W`` is then found anew.
         recs: recordings that the fit was trained on or adapted to. Few trials of many recordings say more than many of
-            few; where there are no recordings, ``W`` is as uncertain as its prior.
+            few; between recordings ``W`` is a guess. So adapt a fit first, then revise it with known and new ones.
         num_trials: of every recording, spread over it; seconds and certainty grow with it.
         num_rounds: Gauss-Newton steps; paths are smoothed anew in each.
 
