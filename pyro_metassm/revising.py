@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+from typing import Any
 
 import numpy as np
 import torch
@@ -238,7 +239,7 @@ def _but_the_site(module) -> dict[str, Tensor]:
 def _base(fit: Fit, recs: Recordings) -> MetaSSM:
     """The model without a revision, in double precision, of a fit whose last layer can be revised."""
     model = fit.model
-    kind: type[MetaSSM] = model.config["family"] if isinstance(model, Revised) else type(model)
+    kind: Any = model.config["family"] if isinstance(model, Revised) else type(model)
     other = [hook for hook in HOOKS if getattr(kind, hook) is not getattr(MetaSSM, hook)]
     if other or (declared(model) and not isinstance(model, Revised)) or model.reads_inputs:
         raise ValueError(

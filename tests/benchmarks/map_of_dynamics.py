@@ -94,10 +94,10 @@ def measure(fit: pm.Fit, train: pm.Recordings, test: pm.Recordings, name: str, s
     z, growth = known.to_truth(drawn["position"].values), drawn["growth_rate"].values.max(-1)
     # In truth coordinates a fixed point has two; a band is of each.
     row["position band"], row["growth band"] = [], []
-    for position, *_, rate in pairs:
+    for position, *_, true in pairs:
         k = int(np.abs((np.nanmean(z, axis=0) - position) / width).max(-1).argmin())
         row["position band"] += _band(z[:, k], position)
-        row["growth band"] += _band(growth[:, [k]], np.array([rate]))
+        row["growth band"] += _band(growth[:, [k]], np.array([true]))
     if row["true_period"]:
         drawn = analysis.limit_cycles(fit, name, recs=train, num_draws=DRAWS, num_starts=0, seed=seed)
         values = drawn["period"].values
