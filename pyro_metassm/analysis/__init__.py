@@ -6,7 +6,7 @@ posterior of the embedding (and of the global sites). Dynamics are the mean of t
 The spread over draws is what the posterior leaves open of the embedding and of the model's global sites. The shared
 networks of a fit are point estimates, and their errors are in no draw: on the simulated oscillators 90 % bands of
 fixed points of plain fits hold the truth in 5 to 9 % of the cases. :func:`pyro_metassm.revise` makes the last layer
-of these networks a latent, given all recordings: 90 % bands of its fits held the truth in 92 to 94 %
+of these networks a latent, given all recordings: 90 % bands of its fits held the truth in 88 to 94 %
 (`tests/benchmarks/map_of_dynamics.py`). Draws of another posterior can be passed in place of a recording's name.
 """
 
