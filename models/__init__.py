@@ -13,3 +13,4 @@ from pyro_metassm.models.comparisons import SharedDynamics as SharedDynamics
 from pyro_metassm.models.comparisons import SingleSession as SingleSession
 from pyro_metassm.models.linear_gaussian import LinearGaussian as LinearGaussian
 from pyro_metassm.models.meta_ssm import MetaSSM as MetaSSM
+from pyro_metassm.models.revised import Revised as Revised

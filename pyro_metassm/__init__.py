@@ -34,6 +34,7 @@ from pyro_metassm.reporting import report as report
 from pyro_metassm.restarts import Restarts as Restarts
 from pyro_metassm.restarts import fit_restarts as fit_restarts
 from pyro_metassm.result import Fit as Fit
+from pyro_metassm.revising import revise as revise
 from pyro_metassm.saving import load as load
 from pyro_metassm.suggesting import search_objective as search_objective
 from pyro_metassm.suggesting import suggest_dims as suggest_dims

@@ -122,16 +122,24 @@ class AdaptedMLP:
             path.append(z)
         return torch.cat(path, -2)
 
+    def hidden(self, z: Tensor) -> Tensor:
+        """The last hidden layer at states ``(..., K, latent_dim)``, ``(..., K, hidden_dim)``."""
+        for number in range(len(self.layers) - 1):
+            z = self.mlp.activation(self._layer(number, z))
+        return z
+
     def _next(self, z: Tensor) -> Tensor:
         """The equations, in PyTorch."""
-        x = z
-        for number, layer in enumerate(self.layers):
-            out = layer(x) if isinstance(layer, nn.Module) else _affine(x, *layer)
-            if number < len(self.updates):
-                u, v = self.updates[number]
-                out = out + _times(_times(x, u), v.mT)
-            x = self.mlp.activation(out) if number + 1 < len(self.layers) else out
+        x = self._layer(len(self.layers) - 1, self.hidden(z))
         return z + x if self.mlp.residual else x
+
+    def _layer(self, number: int, x: Tensor) -> Tensor:
+        layer = self.layers[number]
+        out = layer(x) if isinstance(layer, nn.Module) else _affine(x, *layer)
+        if number < len(self.updates):
+            u, v = self.updates[number]
+            out = out + _times(_times(x, u), v.mT)
+        return out
 
     def _compiled(self, z: Tensor, num_steps: int, clamp: float | None) -> Tensor | None:
         """A roll-out in C, or None where there is none for these."""

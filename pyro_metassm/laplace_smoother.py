@@ -88,7 +88,7 @@ def _terms(model, chain: Chain, z: Tensor, batch: Batch) -> tuple[Tensor, Tensor
         x.double().expand(len(z), *x.shape[-2:]).unsqueeze(1)
         for x in (chain.precision, chain.first_precision)
     )
-    mean, jacobian = _linearised(chain.dynamics, z[:, :, :-1])
+    mean, jacobian = linearised(chain.dynamics, z[:, :, :-1])
     error = (z[:, :, 1:] - mean).double()
     first = (z[:, :, 0] - chain.first_loc.expand(len(z), -1).unsqueeze(1)).double()
     from_first, from_error = first @ p.squeeze(1), error @ w
@@ -120,7 +120,7 @@ def _times(matrix: Tensor, vector: Tensor) -> Tensor:
     return (matrix @ vector.unsqueeze(-1)).squeeze(-1)
 
 
-def _linearised(dynamics: Callable[[Tensor], Tensor], z: Tensor) -> tuple[Tensor, Tensor]:
+def linearised(dynamics: Callable[[Tensor], Tensor], z: Tensor) -> tuple[Tensor, Tensor]:
     """``f(z)`` and its Jacobian ``(..., d, d)``, in double precision."""
     with torch.enable_grad():
         z = z.detach().requires_grad_()

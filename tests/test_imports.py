@@ -21,9 +21,9 @@ LAYERS: tuple[set[str], ...] = (
     {"guides"},
     {
         "adaptation", "announcing", "checkpoints", "draws", "elbo", "few_shot", "for_arviz", "frames", "history",
-        "joining", "keeping", "laplace_smoother", "linear_systems", "optimizers", "posterior", "read_outs", "result",
-        "resuming", "rollouts", "saving", "teaching", "tempering", "trainer", "training", "trees", "warm_start",
-        "windows",
+        "joining", "keeping", "laplace_smoother", "last_layer", "linear_systems", "optimizers", "posterior",
+        "read_outs", "result", "resuming", "revising", "rollouts", "saving", "teaching", "tempering", "trainer",
+        "training", "trees", "warm_start", "windows",
     },
     {
         "_aligning", "_by_recording", "_decoding", "_draw_scores",

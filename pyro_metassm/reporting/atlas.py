@@ -18,7 +18,11 @@ FEW = 12  # recordings of which three pictures stand beside each other
 LEAST = 0.5  # share of the draws from which a fixed point or cycle is counted
 GUIDE = (
     "All spreads are over draws of the embedding from the guide's posterior, given the fitted networks: they hold no "
-    "error of these, and are too narrow. The spread between fits from several seeds is more honest."
+    "error of these, and are too narrow; pm.revise(fit, recs) makes a fit whose draws hold more of it."
+)
+REVISED = (
+    "All spreads are over draws of the embedding and of the last layer of the networks (pm.revise). They hold no "
+    "error of the other layers, nor of the read-outs."
 )
 
 
@@ -27,7 +31,7 @@ def parts(asked: Asked, found: Map, album: Album, keys: dict[str, str]) -> Itera
     if not found.names:
         yield html.note("The fit knows the embedding of no recording.")
         return
-    yield html.paragraph(GUIDE)
+    yield html.paragraph(REVISED if "revision" in asked.fit.attrs else GUIDE)
     yield html.table(glance(asked, found), links=keys)
     yield html.paragraph(
         "Embedding: posterior mean ± sd. Fixed points and cycles: those of half of the draws or more, in the region "

@@ -1,19 +1,22 @@
 """Fixed points, stability and periods of fits of the bifurcation study, beside the analytic truth.
 
-    python tests/benchmarks/map_of_dynamics.py FIT [FIT ...] [--seeds 0 1 2] [--held-out 16] [--json FILE]
+    python tests/benchmarks/map_of_dynamics.py FIT [FIT ...] [--seeds 0 1 2] [--revise] [--held-out 16] [--trials 40]
+        [--json FILE]
 
 ``FIT`` are folders that ``Fit.save`` wrote, of fits to ``Bifurcations().training(seed)`` with these seeds;
 ``--held-out N`` also adapts each to the study's unseen recordings with N trials. Learned positions are mapped to the
 truth's coordinates by :func:`pyro_metassm.plots.align` on test trials. A fixed point is found if one lies within 15 %
 of the range of the true latents. Where the truth itself is marginal (a = 0, b = 0, mu = 0: a rate of 0) stability is
-not counted. Bands are those of the guide's posterior of the embedding, and of two others of it: with the spread of
-the embedding over trials, and with that of its mean.
+not counted. Bands are the fit's own, from 100 draws; with ``--revise`` those of :func:`pyro_metassm.revise`. With
+``--trials`` fewer trials are simulated, of the same systems and neurons. The seconds are of the fixed points of all
+recordings, 100 draws each, and of the revision.
 """
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +28,9 @@ import pyro_metassm as pm
 from pyro_metassm import analysis
 from pyro_metassm.experiments.systems import Bifurcations, split
 from pyro_metassm.plots import align
-from pyro_metassm.result import recording_statistics
 
 FOUND = 0.15  # of the range
-TRIALS = 32
+DRAWS = 100
 
 
 def true_fixed_points(attrs: Mapping[Any, Any]) -> list[tuple[np.ndarray, np.ndarray]]:
@@ -53,21 +55,6 @@ def true_period(attrs: Mapping[Any, Any]) -> float | None:
     flow = lambda t, z: [z[1], -z[0] + (mu - z[0] ** 2) * z[1]]
     times = solve_ivp(flow, (0, 200), [2 * mu**0.5, 0.0], events=section, rtol=1e-9, atol=1e-9).t_events[0]
     return float(times[-1] - times[-2])
-
-
-def bands(fit: pm.Fit, recs: pm.Recordings, name: str, num_draws: int, seed: int) -> dict[str, np.ndarray]:
-    """Draws of the embedding, ``(draw, embedding_dim)``, by what their spread is."""
-    loc, variance = fit.statistics[fit.names.index(name)].double().numpy().reshape(2, -1)
-    trials = range(min(recs[name].num_trials, TRIALS))
-    means = [recording_statistics(fit.guide, recs, name, [k])[: len(loc)].double().numpy() for k in trials]
-    spread = np.std(means, axis=0, ddof=1)
-    noise = np.random.default_rng(seed).standard_normal((num_draws, len(loc)))
-    kinds = {
-        "guide": variance**0.5,
-        "trials": spread,
-        "trials/sqrt(n)": spread / recs[name].num_trials ** 0.5,
-    }
-    return {kind: loc + sd * noise for kind, sd in kinds.items()}
 
 
 def measure(fit: pm.Fit, train: pm.Recordings, test: pm.Recordings, name: str, seed: int) -> dict:
@@ -103,22 +90,20 @@ def measure(fit: pm.Fit, train: pm.Recordings, test: pm.Recordings, name: str, s
     if row["true_period"]:
         near = np.abs(periods - row["true_period"]).min() / row["true_period"] if len(periods) else np.inf
         row["period_error"] = float(near)
+    drawn = analysis.fixed_points(fit, name, recs=train, num_draws=DRAWS, num_starts=16, seed=seed)
+    z, growth = known.to_truth(drawn["position"].values), drawn["growth_rate"].values.max(-1)
     # In truth coordinates a fixed point has two; a band is of each.
-    for kind, e in bands(fit, train, name, 100, seed).items():
-        drawn = analysis.fixed_points(fit, e, recs=train.select([name]), num_starts=16)
-        z = known.to_truth(drawn["position"].values)
-        scores = []
-        for position, *_ in pairs:
-            middle = np.nanmean(z, axis=0)
-            k = int(np.abs((middle - position) / width).max(-1).argmin())
-            scores += _band(z[:, k], position)
-        row[f"position {kind}"] = scores
-        if row["true_period"]:
-            drawn = analysis.limit_cycles(fit, e, recs=train.select([name]), num_starts=0)
-            values = drawn["period"].values
-            if values.shape[1]:
-                k = int(np.abs(np.nanmean(values, 0) - row["true_period"]).argmin())
-                row[f"period {kind}"] = _band(values[:, [k]], np.array([row["true_period"]]))
+    row["position band"], row["growth band"] = [], []
+    for position, *_, true in pairs:
+        k = int(np.abs((np.nanmean(z, axis=0) - position) / width).max(-1).argmin())
+        row["position band"] += _band(z[:, k], position)
+        row["growth band"] += _band(growth[:, [k]], np.array([true]))
+    if row["true_period"]:
+        drawn = analysis.limit_cycles(fit, name, recs=train, num_draws=DRAWS, num_starts=0, seed=seed)
+        values = drawn["period"].values
+        if values.shape[1]:
+            k = int(np.abs(np.nanmean(values, 0) - row["true_period"]).argmin())
+            row["period band"] = _band(values[:, [k]], np.array([row["true_period"]]))
     return row
 
 
@@ -153,16 +138,23 @@ def summary(rows: list[dict]) -> dict:
         "crossing": crossing(rows),
         "period errors": [round(r["period_error"], 4) for r in rows if "period_error" in r],
     }
-    for what in ("position", "period"):
-        for kind in ("guide", "trials", "trials/sqrt(n)"):
-            scores = flat(f"{what} {kind}")
-            if scores:
-                away = np.array([s[1] for s in scores])
-                result[f"{what} band, {kind}"] = {
-                    "coverage": round(float(np.mean([s[0] for s in scores])), 3),
-                    "median |z|": round(float(np.median(np.abs(away))), 2),
-                }
+    for what in ("position", "growth", "period"):
+        if scores := flat(f"{what} band"):
+            away = np.array([s[1] for s in scores])
+            result[f"{what} band"] = {
+                "coverage": round(float(np.mean([s[0] for s in scores])), 3),
+                "number": len(scores),
+                "median |z|": round(float(np.median(np.abs(away))), 2),
+            }
     return result
+
+
+def _timed(function: Callable, *arguments, **options) -> tuple[Any, dict[str, float]]:
+    """What a function returns, and its seconds: of the clock, and of all its threads."""
+    wall, cpu = time.perf_counter(), time.process_time()
+    result = function(*arguments, **options)
+    seconds = {"wall": time.perf_counter() - wall, "cpu": time.process_time() - cpu}
+    return result, {key: round(value, 1) for key, value in seconds.items()}
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -171,35 +163,33 @@ def main(arguments: list[str] | None = None) -> None:
     )
     parser.add_argument("fits", nargs="+")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--revise", action="store_true")
     parser.add_argument("--held-out", type=int, default=0)
+    parser.add_argument("--trials", type=int, default=Bifurcations.num_train)
     parser.add_argument("--json")
     options = parser.parse_args(arguments)
     result = []
     for path, seed in zip(options.fits, options.seeds, strict=True):
-        fit, family = pm.load(path), Bifurcations()
+        fit = pm.load(path)
+        family = Bifurcations(num_train=options.trials, num_test=min(Bifurcations.num_test, options.trials))
         train, test = family.training(seed)
-        rows = [measure(fit, train, test, name, seed) for name in fit.names]
-        result.append({"fit": path, "seed": seed, "which": "known", "rows": rows, "summary": summary(rows)})
-        print(
-            path,
-            "known",
-            *(f"\n  {key}: {value}" for key, value in result[-1]["summary"].items()),
-            flush=True,
-        )
+        cases = [("known", fit, train, test)]
         if options.held_out:
             pool, unseen = family.held_out()
             few = split(pool, options.held_out)[0]
-            adapted = pm.adapt(fit, few, seed=seed, progress=False)
-            rows = [measure(adapted, few, unseen, name, seed) for name in few.names]
-            result.append(
-                {"fit": path, "seed": seed, "which": "held out", "rows": rows, "summary": summary(rows)}
+            cases.append(("held out", pm.adapt(fit, few, seed=seed, progress=False), few, unseen))
+        for which, of, seen, unseen in cases:
+            seconds = {}
+            if options.revise:
+                of, seconds["revise"] = _timed(pm.revise, of, seen)
+            rows = [measure(of, seen, unseen, name, seed) for name in seen.names]
+            _, seconds[f"fixed points, {len(seen)} x {DRAWS}"] = _timed(
+                analysis.fixed_points, of, list(seen.names), num_draws=DRAWS
             )
-            print(
-                path,
-                "held out",
-                *(f"\n  {key}: {value}" for key, value in result[-1]["summary"].items()),
-                flush=True,
-            )
+            found = {"fit": path, "seed": seed, "which": which, "rows": rows, "seconds": seconds}
+            result.append(found | {"summary": summary(rows)})
+            shown = result[-1]["summary"] | {"seconds": seconds}
+            print(path, which, *(f"\n  {key}: {value}" for key, value in shown.items()), flush=True)
     if options.json:
         write(Path(options.json), {"fits": result})
 

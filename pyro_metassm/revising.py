@@ -1,0 +1,268 @@
+"""A fit's dynamics with their uncertainty: the last layer of the shared network as a latent, given all recordings."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pyro_metassm import _checks as checks
+from pyro_metassm import _machine as machine
+from pyro_metassm.dynamics import AdaptedMLP, ResidualMLP
+from pyro_metassm.global_sites import declared
+from pyro_metassm.last_layer import information, last_hidden
+from pyro_metassm.models.meta_ssm import MetaSSM
+from pyro_metassm.models.revised import Revised, kernel
+from pyro_metassm.observations import of_single_neurons
+from pyro_metassm.rebuilding import construct
+from pyro_metassm.recordings import Batch, Recordings
+from pyro_metassm.result import Fit
+
+HOOKS = (
+    "adapt_dynamics", "dynamics_of", "embedding_prior", "embedding_prior_of", "forward", "initial_state", "likelihood",
+    "path_prior", "transition", "trial_embedding",
+)  # fmt: skip
+REACHES = (0.1, 0.3, 1.0, 3.0)  # of the process, over the spread of the embeddings
+VARIANCES = 10.0 ** np.arange(-12.0, 3.0, 0.5)  # of a weight
+LEAST = 1e-4, 1e-7  # of the largest variance: features and functions below it are left out
+MOST_DIRECTIONS, MOST_FUNCTIONS, MOST_FEATURES = 1600, 32, 24
+
+
+@machine.alone()
+def revise(fit: Fit, recs: Recordings, *, num_trials: int = 32, num_rounds: int = 2) -> Fit:
+    r"""Correct a fit's dynamics by what its recordings say of their last layer, and tell how sure that is.
+
+    Networks are trained to point estimates, and what is wrong with them is in no draw of the embedding. Here the
+    dynamics become ``f_e(z) + W(e) [h_e(z); 1]``, ``h_e`` the last hidden layer, with ``W`` a Gaussian process over
+    embeddings (:class:`~pyro_metassm.models.Revised`), whose size and reach are those of most evidence. Its posterior
+    given all recordings has a closed form once the paths of states are linearised around the likeliest ones, and the
+    states themselves are integrated out (:mod:`~pyro_metassm.last_layer`); it is found by Gauss-Newton steps.
+    Read-outs, noise, the other layers and the means of the embeddings are taken as they are.
+
+    Args:
+        fit: of a :class:`~pyro_metassm.models.MetaSSM`, or of a subclass that names another ``dynamics_class`` and
+            has no hooks of its own; or what this function returned, of which ``W`` is then found anew.
+        recs: recordings that the fit was trained on or adapted to. Few trials of many recordings say more than many of
+            few; between recordings ``W`` is a guess. So adapt a fit first, then revise it with known and new ones.
+        num_trials: of every recording, spread over it; seconds and certainty grow with it.
+        num_rounds: Gauss-Newton steps; paths are smoothed anew in each.
+
+    Returns:
+        a fit of :class:`~pyro_metassm.models.Revised`: everything done with a fit draws ``W`` with the rest.
+        ``attrs["revision"]``: ``evidence`` (nats above that of the fit as it was), ``reach``, ``sd`` of a weight.
+
+    Raises:
+        ValueError: a recording that the fit does not know or has not been trained on, a model with other hooks, a
+            likelihood of all neurons together.
+
+    Example:
+        >>> import pyro_metassm as pm
+        >>> recs = pm.simulate.limit_cycles([2.5, 5.0], num_trials=8, num_steps=20)
+        >>> model = pm.models.MetaSSM(recs, latent_dim=2, embedding_dim=1)
+        >>> fit = pm.fit(model, pm.guides.DKF(model), recs, num_steps=5, warm_start_steps=5, progress=False)
+        >>> revised = pm.revise(fit, recs)
+        >>> pm.analysis.fixed_points(revised, "w=5", num_draws=4)["position"].dims
+        ('draw', 'fixed_point', 'latent_dim')
+    """
+    checks.integers(num_trials=num_trials, num_rounds=num_rounds)
+    base = _base(fit, recs)
+    sources = [_Source.of(base, fit, recs, name, num_trials) for name in recs]
+    features = _features(sources, base.latent_dim)
+    size = features.shape[1], base.latent_dim
+    at = torch.stack([s.embedding for s in sources])
+    weights = torch.zeros(len(sources), size[0] * size[1]).to(at)
+    process: Process | None = None
+    for _ in range(num_rounds):
+        found = [
+            information(base, s.dynamics, features, w.unflatten(0, size), s.paths, s.batch)
+            for s, w in zip(sources, weights, strict=True)
+        ]
+        for source, info in zip(sources, found, strict=True):
+            source.paths = info.paths.unsqueeze(0)
+        matrix = torch.stack([info.matrix for info in found])
+        # As from no change: where the parabola has its top does not depend on where it was looked at.
+        slope = torch.stack([info.slope.sum(0) for info in found]) + (matrix @ weights.unsqueeze(-1)).squeeze(
+            -1
+        )
+        if process is None:
+            process, gain = _likeliest(at, slope, matrix)
+        mean, covariance = process.posterior(slope, matrix)
+        weights = process.of_places @ mean.unflatten(0, (-1, size[0] * size[1]))
+    assert process is not None
+    revised = _revised(fit, features, process, mean, covariance)
+    report = {"evidence": gain, "reach": process.reach, "sd": process.variance**0.5}
+    return dataclasses.replace(revised, attrs=fit.attrs | {"revision": report})
+
+
+@dataclasses.dataclass
+class _Source:
+    """A recording: some of its trials, its dynamics in double precision, and smoothed paths."""
+
+    batch: Batch
+    embedding: Tensor  # (embedding_dim,)
+    dynamics: AdaptedMLP
+    paths: Tensor  # (1, K, T, latent_dim)
+
+    @classmethod
+    @torch.no_grad()
+    def of(cls, model, fit: Fit, recs: Recordings, name: str, num_trials: int) -> _Source:
+        number, row = recs[name].num_trials, fit.names.index(name)
+        trials = np.unique(np.linspace(0, number - 1, min(num_trials, number)).round().astype(np.int64))
+        batch, rough = (
+            recs.batch(fit.names, names=[name], trials={name: trials}, dtype=dtype, device=fit.device)
+            for dtype in (torch.float64, fit.dtype)
+        )
+        e = fit.guide.embedding_posterior(fit.statistics[[row]]).mean.double()
+        _, paths, _ = fit.guide.common_space(rough)
+        return cls(batch, e[0, 0], model.dynamics_of(e, batch.recording), paths.double())
+
+
+@dataclasses.dataclass(frozen=True)
+class Process:
+    """Last layers as a Gaussian process over embeddings, ``b(e) = sum_m psi_m(e) c_m``, ``c ~ Normal(0, variance I)``.
+
+    Attributes:
+        places: ``(M, embedding_dim)``.
+        reach: of its kernel.
+        functions: ``(M, F)``: ``psi(e) = k(e, places) functions``, and ``psi(e) psi(e')^T`` is about the kernel.
+        of_places: ``psi`` there, ``(M, F)``.
+        variance: of a weight.
+    """
+
+    places: Tensor
+    reach: float
+    functions: Tensor
+    of_places: Tensor
+    variance: float = 1.0
+
+    @classmethod
+    def over(cls, places: Tensor, reach: float, most: int) -> Process:
+        """With at most so many functions: of the others the kernel is made as well as it can."""
+        gram = kernel(places, places, reach)
+        values, vectors = torch.linalg.eigh(gram)
+        keep = (values > LEAST[1] * values[-1]) & (values >= values[-min(most, len(values))])
+        functions = vectors[:, keep] * values[keep].rsqrt()
+        return cls(places, reach, functions, gram @ functions)
+
+    def system(self, slope: Tensor, matrix: Tensor) -> tuple[Tensor, Tensor]:
+        """What recordings at the places say, ``(M, p)`` and ``(M, p, p)``, of all ``c``: slope and information."""
+        size = self.of_places.shape[1] * slope.shape[1]
+        total = torch.zeros(
+            self.of_places.shape[1], slope.shape[1], *(self.of_places.shape[1], slope.shape[1])
+        ).to(slope)
+        for psi, own in zip(self.of_places, matrix, strict=True):
+            total += torch.einsum("a,b,pq->apbq", psi, psi, own)
+        return (self.of_places.mT @ slope).flatten(), total.reshape(size, size)
+
+    def posterior(self, slope: Tensor, matrix: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and covariance of all ``c``, ``(F p,)`` and ``(F p, F p)``."""
+        right, total = self.system(slope, matrix)
+        precision = total + torch.eye(len(total)).to(total) / self.variance
+        covariance = torch.cholesky_inverse(torch.linalg.cholesky(precision))
+        return covariance @ right, covariance
+
+
+def _likeliest(places: Tensor, slope: Tensor, matrix: Tensor) -> tuple[Process, float]:
+    """The process of most evidence, and that in nats above none."""
+    spread = float((places - places.mean(0)).square().sum(1).mean().sqrt()) or 1.0
+    most = min(MOST_FUNCTIONS, max(1, MOST_DIRECTIONS // slope.shape[1]))
+    best, process = -np.inf, None
+    for reach in REACHES if len(places) > 1 else (1.0,):
+        candidate = Process.over(places, reach * spread, most)
+        right, total = candidate.system(slope, matrix)
+        values, vectors = torch.linalg.eigh(total)
+        values, square = values.clamp(min=0.0), (vectors.mT @ right).square()
+        for variance in VARIANCES.tolist():
+            log_evidence = 0.5 * float(
+                (variance * square / (1 + variance * values) - torch.log1p(variance * values)).sum()
+            )
+            if log_evidence > best:
+                best, process = log_evidence, dataclasses.replace(candidate, variance=variance)
+    assert process is not None
+    return process, best
+
+
+def _features(sources: list[_Source], latent_dim: int) -> Tensor:
+    """Principal directions of the last hidden layer on what recordings visit, ``(hidden_dim + 1, F)``."""
+    gram = torch.zeros(())
+    for source in sources:
+        hidden = last_hidden(source.dynamics, source.paths)[source.batch.time_mask]
+        gram = gram.to(hidden) + hidden.mT @ hidden / max(1, len(hidden))
+    values, vectors = torch.linalg.eigh(gram)
+    functions = min(MOST_FUNCTIONS, len(sources))
+    most = min(MOST_FEATURES, max(8, MOST_DIRECTIONS // (functions * latent_dim)), len(values))
+    keep = (values > LEAST[0] * values[-1]) & (values >= values[-most])
+    return vectors[:, keep]
+
+
+@torch.no_grad()
+def _revised(fit: Fit, features: Tensor, process: Process, mean: Tensor, covariance: Tensor) -> Fit:
+    """The fit with the process: in the eigenvectors of its covariance, prior and posterior are both independent."""
+    values, vectors = torch.linalg.eigh(covariance / process.variance)
+    sd = process.variance**0.5
+    shape = process.functions.shape[1], features.shape[1], fit.model.latent_dim
+    config = fit.model.config | {
+        "num_places": len(process.places),
+        "num_functions": shape[0],
+        "num_features": shape[1],
+        "family": fit.model.config.get("family", type(fit.model)),
+    }
+    with machine.random_forked():
+        model = construct(Revised, config, fit.model.neurons)
+        guide = construct(type(fit.guide), fit.guide.config, model)
+    model.to(fit.device, fit.dtype), guide.to(fit.device, fit.dtype)
+    own = {
+        "places": process.places,
+        "reach": torch.tensor(process.reach),
+        "functions": process.functions,
+        "features": features,
+        "directions": (sd * vectors.mT).reshape(-1, *shape),
+    }
+    model.load_state_dict(model.state_dict() | _but_the_site(fit.model) | own)
+    posterior = {
+        "global_sites.loc.last_layer": vectors.mT @ mean / sd,
+        "global_sites.log_scale.last_layer": 0.5 * values.clamp(min=1e-12).log(),
+    }
+    guide.load_state_dict(guide.state_dict() | _but_the_site(fit.guide) | posterior)
+    return dataclasses.replace(fit, model=model.eval(), guide=guide.eval())
+
+
+def _but_the_site(module) -> dict[str, Tensor]:
+    mine = ("places", "reach", "functions", "features", "directions", "global_sites.")
+    return {key: value for key, value in module.state_dict().items() if not key.startswith(mine)}
+
+
+def _base(fit: Fit, recs: Recordings) -> MetaSSM:
+    """The model without a revision, in double precision, of a fit whose last layer can be revised."""
+    model = fit.model
+    kind: Any = model.config["family"] if isinstance(model, Revised) else type(model)
+    other = [hook for hook in HOOKS if getattr(kind, hook) is not getattr(MetaSSM, hook)]
+    if other or (declared(model) and not isinstance(model, Revised)) or model.reads_inputs:
+        raise ValueError(
+            f"revise: needed a model with the hooks of MetaSSM and no global sites, got {kind.__name__} "
+            f"({', '.join(other) or 'with a PyroSample'})"
+        )
+    if not isinstance(model.dynamics, ResidualMLP):
+        raise ValueError(
+            f"revise: needed dynamics with a last layer, a ResidualMLP, got {type(model.dynamics).__name__}"
+        )
+    for name in recs:
+        if name not in fit.names or not bool(fit.statistics[fit.names.index(name)].isfinite().all()):
+            raise ValueError(
+                f"revise: needed recordings that the fit was trained on, of {checks.some(fit.names)}, got {name!r}; "
+                "pm.adapt makes a fit that knows it"
+            )
+    fit.model.neurons.check(recs.names, [r.num_neurons for r in recs.values()])
+    some = recs.batch(
+        fit.names, names=[recs.names[0]], trials={recs.names[0]: [0]}, dtype=fit.dtype, device=fit.device
+    )
+    if not of_single_neurons(model, some):
+        raise ValueError("revise: needed a likelihood of each neuron, got one of all neurons together")
+    base = copy.deepcopy(model).double().requires_grad_(False)
+    if isinstance(base, Revised):
+        base.num_directions = 0  # its dynamics are then those without a revision
+    return base
