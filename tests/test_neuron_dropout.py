@@ -65,5 +65,6 @@ def test_hidden_neurons_are_missing_for_the_guide_and_scored_by_the_model(monkey
     torch.testing.assert_close(posterior(True, other), taught, rtol=0, atol=0)
     torch.testing.assert_close(posterior(False, replace(batch, mask=batch.mask & ~hidden)), taught)
     assert not torch.allclose(posterior(False, other), posterior(False, batch))
-    scored = poutine.trace(poutine.replay(model, trace(True, batch))).get_trace(batch)
+    drawn = poutine.trace(guide.train()).get_trace(batch)
+    scored = poutine.trace(poutine.replay(model, drawn)).get_trace(batch)
     assert (scored.nodes["observations"]["fn"].observed == batch.mask).all()
