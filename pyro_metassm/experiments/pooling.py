@@ -55,7 +55,7 @@ class Setting:
         scratch_steps, scratch_learning_rate: of fits to few trials, pooled and alone: more of them learn these by heart
             (on validation trials, fits from 16 trials are best after one to two hundred).
         adapt_steps, adapt_learning_rate, num_starts, search_steps: of adaptations. With the few counts of real trials
-            the read-outs need more than the usual steps and a higher rate.
+            the read-outs need ten times the usual steps and a higher rate, and forecasts more than reconstructions.
         shots: numbers of trials to adapt with.
         context, horizon: of forecasts, bins.
         held_out_neurons: share of the neurons of every recording that the guide does not see.
@@ -75,7 +75,7 @@ class Setting:
     learning_rate: float = 2e-2
     scratch_steps: int = 200
     scratch_learning_rate: float = 5e-3
-    adapt_steps: int = 200
+    adapt_steps: int = 500
     adapt_learning_rate: float = 1e-2
     num_starts: int = 256
     search_steps: int = 150
