@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from abc import ABC, abstractmethod
 
 import pyro
@@ -35,7 +36,16 @@ class AmortizedGuide(nn.Module, ABC):
         embedding_encoder: class of the encoder of a trial for the embedding.
         detach_embedding: cut the gradient of ``e`` where it enters the encoder of the states, so that the embedding is
             learned from the dynamics.
+        neuron_dropout: while training, the largest share of its neurons that is hidden from the guide in a trial: the
+            share is uniform from 0 to it, the neurons are drawn anew in every trial and step. The model is scored on
+            all of them (any posterior gives a valid bound), so that what the guide says of the latents has to predict
+            neurons that it does not see.
+
+    Raises:
+        ValueError: for a share outside [0, 1), or ``read_in_dim < latent_dim``.
     """
+
+    neuron_dropout: float = 0.0
 
     def __init__(
         self,
@@ -44,8 +54,11 @@ class AmortizedGuide(nn.Module, ABC):
         read_in_dim: int | None = None,
         embedding_encoder: type[EmbeddingEncoder] = SetEncoder,
         detach_embedding: bool = True,
+        neuron_dropout: float = 0.0,
     ):
         super().__init__()
+        if not 0 <= neuron_dropout < 1:
+            raise ValueError(f"neuron_dropout: needed a share in [0, 1), got {neuron_dropout!r}")
         read_in_dim = max(16, 2 * model.latent_dim) if read_in_dim is None else read_in_dim
         if read_in_dim < model.latent_dim:
             raise ValueError(
@@ -57,6 +70,8 @@ class AmortizedGuide(nn.Module, ABC):
             "embedding_encoder": embedding_encoder,
             "detach_embedding": detach_embedding,
         }
+        if neuron_dropout:  # at its default it is left out: runs that were begun before there was one go on
+            self.config["neuron_dropout"] = self.neuron_dropout = neuron_dropout
         self.read_in = ReadIn(model.neurons, read_in_dim)
         self.encode_embedding = embedding_encoder(model.latent_dim, model.embedding_dim)
         self.global_sites = GlobalPosterior(model)
@@ -90,7 +105,7 @@ class AmortizedGuide(nn.Module, ABC):
 
     def forward(self, batch: Batch) -> None:
         model = self.model
-        ybar, frame, share = self.common_space(batch)
+        ybar, frame, share = self.common_space(self._with_hidden_neurons(batch))
         statistics = batch.embedding_statistics
         if statistics is None:
             statistics = self.embedding_statistics(frame, share, batch)
@@ -107,6 +122,14 @@ class AmortizedGuide(nn.Module, ABC):
         ybar, share = self.read_in(batch)
         ybar, frame = with_first_channels(ybar, self.model.latent_dim)
         return ybar, smooth(frame, share, self._widths(batch)), share
+
+    def _with_hidden_neurons(self, batch: Batch) -> Batch:
+        """While training, the batch with some of the neurons of every trial missing in all of its bins."""
+        if not self.training or self.neuron_dropout == 0:
+            return batch
+        chance = torch.rand(*batch.mask.shape[:2], 1, batch.width, device=batch.mask.device)
+        share = torch.rand(*batch.mask.shape[:2], 1, 1, device=batch.mask.device)
+        return dataclasses.replace(batch, mask=batch.mask & (chance >= self.neuron_dropout * share))
 
     def _widths(self, batch: Batch) -> list[float]:
         """``smoothing`` as numbers, read again only after it has changed: reading it makes the host wait for a GPU."""

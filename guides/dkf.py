@@ -31,9 +31,11 @@ class DKF(AmortizedGuide):
             0.8 forecasts better where the noise of the states is not small beside them, 0.2 reconstructs better.
         embedding_encoder: :class:`~pyro_metassm.guides.encoders.SetEncoder` or ``RecurrentEncoder``.
         detach_embedding: cut the gradient of ``e`` where it enters the state encoder.
+        neuron_dropout: while training, the largest share of a trial's neurons that the guide does not see (see
+            :class:`AmortizedGuide`): against guides that learn few trials of many neurons by heart.
 
     Raises:
-        ValueError: for a probability outside [0, 1), or ``read_in_dim < latent_dim``.
+        ValueError: for a probability or a share outside [0, 1), or ``read_in_dim < latent_dim``.
 
     Example:
         >>> import pyro_metassm as pm
@@ -52,12 +54,14 @@ class DKF(AmortizedGuide):
         rollout_probability: float = 0.2,
         embedding_encoder: type[EmbeddingEncoder] = SetEncoder,
         detach_embedding: bool = True,
+        neuron_dropout: float = 0.0,
     ):
         super().__init__(
             model,
             read_in_dim=read_in_dim,
             embedding_encoder=embedding_encoder,
             detach_embedding=detach_embedding,
+            neuron_dropout=neuron_dropout,
         )
         if not 0 <= rollout_probability < 1:
             raise ValueError(f"rollout_probability: needed a number in [0, 1), got {rollout_probability!r}")

@@ -335,7 +335,9 @@ def test_sizes_of_meta_ssm_are_checked(make_it, words):
 
 
 @pytest.mark.parametrize(
-    "bad", [{"rollout_probability": 1.0}, {"rollout_probability": -0.1}, {"read_in_dim": 1}]
+    "bad",
+    [{"rollout_probability": 1.0}, {"rollout_probability": -0.1}, {"read_in_dim": 1}]
+    + [{"neuron_dropout": share} for share in (1.0, -0.1)],
 )
 def test_dkf_checks_its_arguments(bad):
     model = MetaSSM(recordings(), latent_dim=2, embedding_dim=1)

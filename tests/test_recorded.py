@@ -175,17 +175,17 @@ def test_reaching_from_end_to_end_and_goes_on(monkeys, tmp_path):
     out, told = tmp_path / "out", []
     numbers = reaching.run(out, data=monkeys, small=True, setting=TINY, say=told.append)
     assert {path.name for path in out.iterdir()} >= {
-        "index.html", "metrics.json", "scores.csv", "pooling.csv", "adaptation.csv", "scores.png", "adaptation.png",
-        "embedding.png", "latents.png", "interpolation.png", "pieces", "settings.json",
+        "index.html", "metrics.json", "scores.csv", "pooling.csv", "few.csv", "adaptation.csv", "scores.png", "few.png",
+        "adaptation.png", "embedding.png", "latents.png", "interpolation.png", "pieces", "settings.json",
     }  # fmt: skip
     assert len(numbers["pooling"]) == 2 and {row["trials"] for row in numbers["adaptation"]} == {4, 16}
     assert numbers["data"][2]["bin (ms)"] == pytest.approx(90)
     pieces = [line for line in told if " s  " in line]
-    assert len(pieces) == 2 + 2 + 2 * 2
-    (out / "pieces" / "without-1-seed0" / "scratch-16.json").unlink()
+    assert len(pieces) == 1 + 3 + 2 + 2 * 2  # baselines, the plan's, alone, few trials alone and together
+    (out / "pieces" / "alone-seed0" / "scratch-16.json").unlink()
     again: list = []
     assert reaching.run(out, data=monkeys, small=True, setting=TINY, say=again.append) == numbers
-    assert [line.split(": ")[1] for line in again if " s  " in line] == ["scratch-16"]
+    assert [line.split(" s  ")[1] for line in again if " s  " in line] == ["alone-seed0/scratch-16"]
     with pytest.raises(ValueError, match="a study of other settings"):
         reaching.run(out, data=monkeys, small=True, setting=replace(TINY, latent_dim=3))
     (monkeys / "hennig_3.npz").unlink()

@@ -23,14 +23,12 @@ HELD_OUT = (
     "steinmetz_s18_10ms",
 )  # a day between two others of its mouse, and a last day
 SMALL_FILES = ("steinmetz_s01*.npz", "steinmetz_s08*.npz", "steinmetz_s12*.npz", "steinmetz_s18*.npz")
-FACTORS = (1, 2)  # bins of the files, 10 ms, that become one
+FACTORS = (2, 1)  # bins of the files, 10 ms, that become one
 LEAST_HZ, COPIES = 1.0, 0.8
 SIZES = {"trials": 250, "neurons": 150}
 SMALL_SIZES = {"trials": 48, "neurons": 40}
 FULL = {
-    factor: Setting(
-        latent_dim=8, num_steps=400, trials_per_step=16, context=10 // factor, horizon=30 // factor
-    )
+    factor: Setting(trials_per_step=16, num_samples=10, context=10 // factor, horizon=30 // factor)
     for factor in FACTORS
 }
 SMALL = {

@@ -8,8 +8,9 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -48,11 +49,13 @@ class Setting:
 
     Attributes:
         latent_dim, embedding_dim, rank, hidden_dim: of the model.
-        num_steps, warm_start_steps, trials_per_step, learning_rate: of fits, pooled and alone.
-        scratch_steps: of fits from scratch to the trials that are adapted with: more of them learn these by heart (on
-            validation trials, fits from 16 trials are best after one to two hundred).
+        neuron_dropout: of the guide.
+        num_steps, warm_start_steps, trials_per_step, learning_rate: of fits to all trials, pooled and alone. The rate
+            is high: at a quarter of it, the pooled model has learned less than the others when the steps are over.
+        scratch_steps, scratch_learning_rate: of fits to few trials, pooled and alone: more of them learn these by heart
+            (on validation trials, fits from 16 trials are best after one to two hundred).
         adapt_steps, adapt_learning_rate, num_starts, search_steps: of adaptations. With the few counts of real trials
-            the read-outs need ten times the usual steps and a higher rate.
+            the read-outs need ten times the usual steps and a higher rate, and forecasts more than reconstructions.
         shots: numbers of trials to adapt with.
         context, horizon: of forecasts, bins.
         held_out_neurons: share of the neurons of every recording that the guide does not see.
@@ -65,11 +68,13 @@ class Setting:
     embedding_dim: int = 2
     rank: int = 1
     hidden_dim: int = 64
-    num_steps: int = 1000
-    warm_start_steps: int = 500
+    neuron_dropout: float = 0.3
+    num_steps: int = 600
+    warm_start_steps: int = 300
     trials_per_step: int = 32
-    learning_rate: float = 5e-3
+    learning_rate: float = 2e-2
     scratch_steps: int = 200
+    scratch_learning_rate: float = 5e-3
     adapt_steps: int = 500
     adapt_learning_rate: float = 1e-2
     num_starts: int = 256
@@ -97,30 +102,50 @@ def run(
         recs: the recordings of all plans, with held-out neurons.
         plans, setting, seeds: what to do; a seed is of the fits and of the trials drawn to adapt with. The test trials
             are the same for all.
-        out: folder; ``pieces/PLAN-seedN/`` holds the pieces, and the pooled fit beside the adapted ones.
+        out: folder; ``pieces/`` holds the pieces. Those of a plan are in ``PLAN-seedN/``, with the pooled fit beside
+            the adapted ones; fits that no plan decides, of recordings alone or of few trials of all together, are made
+            once for all plans.
         say: is told of every finished piece.
 
     Returns:
-        rows: ``plan``, ``seed``, ``piece`` ("pooled", "single", "adapted", "scratch", "baselines"), ``trials`` (that
-        were adapted with), ``recording``, ``method`` and what :func:`score` gives.
+        rows: ``plan`` (empty where there is none), ``seed``, ``piece`` ("pooled", "adapted", "single", "scratch",
+        "few", "baselines"), ``trials`` (of the recording, that were learned from), ``recording``, ``method`` and what
+        :func:`score` gives.
     """
     train, test = recs.split(setting.test_fraction, seed=0)
     if setting.validate:
         train, test = train.split(setting.test_fraction, seed=1)
+    pieces = report.folder(out / "pieces")
     rows: list[dict] = []
-    for plan in plans:
-        for seed in seeds:
-            folder = report.folder(out / "pieces" / f"{plan.name}-seed{seed}")
-            for label, make in _pieces(plan, train, test, setting, seed, folder).items():
-                path = folder / f"{label}.json"
-                if not path.is_file():
-                    begin = time.perf_counter()
-                    made = make()
-                    seconds = time.perf_counter() - begin
-                    write_json({"seconds": seconds, "rows": made}, path)
-                    say(f"{seconds:7.1f} s  {plan.name}, seed {seed}: {label}")
-                kept = json.loads(path.read_text(encoding="utf-8"))
-                rows += [{"plan": plan.name, "seed": seed, **row} for row in kept["rows"]]
+
+    def do(label: str, plan: str, seed: int, make: Callable[[], list[dict]]) -> None:
+        path = pieces / f"{label}.json"
+        if not path.is_file():
+            report.folder(path.parent)
+            begin = time.perf_counter()
+            made = make()
+            seconds = time.perf_counter() - begin
+            write_json({"seconds": seconds, "rows": made}, path)
+            say(f"{seconds:7.1f} s  {label}")
+        kept = json.loads(path.read_text(encoding="utf-8"))
+        rows.extend({"plan": plan, "seed": seed, **row} for row in kept["rows"])
+
+    data = _Data(recs, train, test, setting)
+    do("baselines", "", 0, data.baselines)
+    unseen = [name for name in recs if any(name in plan.held_out for plan in plans)]
+    for seed in seeds:
+        for plan in plans:
+            folder = pieces / f"{plan.name}-seed{seed}"
+            do(f"{folder.name}/pooled", plan.name, seed, partial(data.pooled, plan, seed, folder))
+            for shots in setting.shots:
+                make = partial(data.adapted, plan, seed, shots, folder)
+                do(f"{folder.name}/adapted-{shots}", plan.name, seed, make)
+        for number, name in enumerate(recs):
+            if any(name in plan.pooled for plan in plans):
+                do(f"alone-seed{seed}/{number}", "", seed, partial(data.alone, name, seed))
+        for shots in setting.shots:
+            do(f"alone-seed{seed}/scratch-{shots}", "", seed, partial(data.scratch, unseen, seed, shots))
+            do(f"few-seed{seed}/{shots}", "", seed, partial(data.few, unseen, seed, shots))
     return rows
 
 
@@ -129,8 +154,8 @@ def adapted_fit(out: Path, plan: Plan, seed: int, shots: int) -> Fit:
     return saving.load(out / "pieces" / f"{plan.name}-seed{seed}" / f"adapted-{shots}")
 
 
-def fit_of(recs: Recordings, setting: Setting, seed: int, num_steps: int | None = None) -> Fit:
-    """A model of recordings together (with shared dynamics where there is one); default steps of the setting."""
+def fit_of(recs: Recordings, setting: Setting, seed: int, *, few: bool = False) -> Fit:
+    """A model of recordings together (with shared dynamics where there is one), to all of their trials or to few."""
     with machine.random_forked():
         torch.manual_seed(seed)
         rank = setting.rank if len(recs) > 1 else 0
@@ -142,107 +167,96 @@ def fit_of(recs: Recordings, setting: Setting, seed: int, num_steps: int | None 
             hidden_dim=setting.hidden_dim,
             likelihood=likelihoods.Poisson,
         )
-        guide = DKF(model)
+        guide = DKF(model, neuron_dropout=setting.neuron_dropout)
     return train_fit(
         model,
         guide,
         recs,
-        num_steps=setting.num_steps if num_steps is None else num_steps,
+        num_steps=setting.scratch_steps if few else setting.num_steps,
         warm_start_steps=setting.warm_start_steps,
         trials_per_step=setting.trials_per_step,
-        learning_rate=setting.learning_rate,
+        learning_rate=setting.scratch_learning_rate if few else setting.learning_rate,
         seed=seed,
         progress=False,
     )
 
 
-def _pieces(
-    plan: Plan, train: Recordings, test: Recordings, setting: Setting, seed: int, folder: Path
-) -> dict[str, Callable[[], list[dict]]]:
-    """What is to be made, by the names of the files, in order."""
+@dataclass(frozen=True)
+class _Data:
+    """What the pieces are made from, and how each is made."""
 
-    def pooled() -> list[dict]:
-        fit = fit_of(train.select(plan.pooled), setting, seed)
-        fit.save(folder / "pooled")
-        return _rows(fit, train, test, plan.pooled, setting, {"piece": "pooled", "method": "pooled"})
+    recs: Recordings
+    train: Recordings
+    test: Recordings
+    setting: Setting
 
-    def single(name: str) -> Callable[[], list[dict]]:
-        def make() -> list[dict]:
-            fit = fit_of(train.select([name]), setting, seed)
-            return _rows(fit, train, test, [name], setting, {"piece": "single", "method": "single recording"})
-
-        return make
-
-    def simple() -> list[dict]:
+    def baselines(self) -> list[dict]:
+        """The simple predictions of every recording."""
         return [
-            {
-                "piece": "baselines",
-                "method": method,
-                "trials": train[name].num_trials,
-                "recording": name,
-                **row,
-            }
-            for name in (*plan.pooled, *plan.held_out)
-            for method, row in simple_scores(train[name], test[name], setting).items()
+            {"piece": "baselines", "method": method, "trials": train.num_trials, "recording": name, **row}
+            for name, train in self.train.items()
+            for method, row in simple_scores(train, self.test[name], self.setting).items()
         ]
 
-    def adapted(shots: int) -> Callable[[], list[dict]]:
-        def make() -> list[dict]:
-            few = train.select(plan.held_out).take_trials(shots, seed=seed)
-            known = saving.load(folder / "pooled")
-            fit = adapt(
-                known,
-                few,
-                num_steps=setting.adapt_steps,
-                learning_rate=setting.adapt_learning_rate,
-                num_starts=setting.num_starts,
-                search_steps=setting.search_steps,
-                seed=seed,
-                progress=False,
-            )
-            fit.save(folder / f"adapted-{shots}")
-            what = {"piece": "adapted", "method": "adapted"}
-            return _rows(fit, few, test, plan.held_out, setting, what)
+    def pooled(self, plan: Plan, seed: int, folder: Path) -> list[dict]:
+        """A plan's recordings together; the fit is kept."""
+        fit = fit_of(self.train.select(plan.pooled), self.setting, seed)
+        fit.save(folder / "pooled")
+        return self._rows(fit, self.train, plan.pooled, "pooled", "pooled")
 
-        return make
-
-    def scratch(shots: int) -> Callable[[], list[dict]]:
-        def make() -> list[dict]:
-            few = train.select(plan.held_out).take_trials(shots, seed=seed)
-            rows = []
-            for name in plan.held_out:
-                fit = fit_of(few.select([name]), setting, seed, setting.scratch_steps)
-                rows += _rows(fit, few, test, [name], setting, {"piece": "scratch", "method": "from scratch"})
-            return rows
-
-        return make
-
-    made: dict[str, Callable[[], list[dict]]] = {"baselines": simple, "pooled": pooled}
-    made |= {f"single-{n}": single(name) for n, name in enumerate(plan.pooled)}
-    for shots in setting.shots:
-        made |= {f"adapted-{shots}": adapted(shots), f"scratch-{shots}": scratch(shots)}
-    return made
-
-
-def _rows(fit, train, test, names, setting: Setting, what: Mapping[str, Any]) -> list[dict]:
-    rows = []
-    for name in names:
-        trials = forecast_trials(test, name, setting.context + 1)
-        ahead = metrics.mean_forecasts(
-            fit, test, name, trials, setting.context, setting.horizon, setting.num_samples, 0
+    def adapted(self, plan: Plan, seed: int, shots: int, folder: Path) -> list[dict]:
+        """The pooled fit adapted to some trials of the recordings that the plan holds out."""
+        setting, few = self.setting, self.train.select(plan.held_out).take_trials(shots, seed=seed)
+        fit = adapt(
+            saving.load(folder / "pooled"),
+            few,
+            num_steps=setting.adapt_steps,
+            learning_rate=setting.adapt_learning_rate,
+            num_starts=setting.num_starts,
+            search_steps=setting.search_steps,
+            seed=seed,
+            progress=False,
         )
-        rates = [metrics.mean_rates(fit, recs, name, setting.num_samples) for recs in (train, test)]
-        rows.append(
-            {
-                **what,
-                "trials": train[name].num_trials,
-                "recording": name,
-                **score(rates[0], rates[1], ahead, train[name], test[name], setting),
-            }
-        )
-        row = fit.names.index(name)
-        rows[-1]["embedding"] = fit.statistics[row, : fit.model.embedding_dim].tolist()
-    return rows
+        fit.save(folder / f"adapted-{shots}")
+        return self._rows(fit, few, plan.held_out, "adapted", "adapted")
+
+    def alone(self, name: str, seed: int) -> list[dict]:
+        """One recording alone, whatever the plans that pool it."""
+        fit = fit_of(self.train.select([name]), self.setting, seed)
+        return self._rows(fit, self.train, [name], "single", "single recording")
+
+    def scratch(self, names: Sequence[str], seed: int, shots: int) -> list[dict]:
+        """Some trials of each of these recordings, each alone."""
+        rows = []
+        for name in names:
+            few = self.train.select([name]).take_trials(shots, seed=seed)
+            fit = fit_of(few, self.setting, seed, few=True)
+            rows += self._rows(fit, few, [name], "scratch", "from scratch")
+        return rows
+
+    def few(self, names: Sequence[str], seed: int, shots: int) -> list[dict]:
+        """As many trials of all recordings together; rows of these."""
+        few = self.train.take_trials(shots, seed=seed)
+        fit = fit_of(few, self.setting, seed, few=True)
+        return self._rows(fit, few, names, "few", "few pooled")
+
+    def _rows(self, fit: Fit, train: Recordings, names: Iterable[str], piece: str, method: str) -> list[dict]:
+        return [
+            {"piece": piece, "method": method} | row_of(fit, train, self.test, name, self.setting)
+            for name in names
+        ]
+
+
+def row_of(fit: Fit, train: Recordings, test: Recordings, name: str, setting: Setting) -> dict:
+    """What :func:`score` gives of a fit's rates of a recording, with its embedding and the trials that it is from."""
+    trials = forecast_trials(test, name, setting.context + 1)
+    ahead = metrics.mean_forecasts(
+        fit, test, name, trials, setting.context, setting.horizon, setting.num_samples, 0
+    )
+    learned, predicted = (metrics.mean_rates(fit, recs, name, setting.num_samples) for recs in (train, test))
+    embedding = fit.statistics[fit.names.index(name), : fit.model.embedding_dim].tolist()
+    scores = score(learned, predicted, ahead, train[name], test[name], setting)
+    return {"trials": train[name].num_trials, "recording": name, **scores, "embedding": embedding}
 
 
 def simple_scores(train: Recording, test: Recording, setting: Setting) -> dict[str, dict]:

@@ -69,7 +69,7 @@ def differences(
             bits(one["co"], minus=other["co"])[0]
             for one in of[first]
             for other in of[second]
-            if (one["seed"], one["plan"]) == (other["seed"], other["plan"])
+            if one["seed"] == other["seed"]
         ]
         found.append(result | {"seeds_sd": float(np.std(each, ddof=1)) if len(each) > 1 else 0.0})
     return found
@@ -80,17 +80,21 @@ def _mean(pairs: Sequence[Sequence[Sequence[float]]]) -> list[list[float]]:
     return [np.mean([pair[0] for pair in pairs], 0).tolist(), list(pairs[0][1])]
 
 
-def verdicts(pooled: Sequence[Row], adapted: Sequence[Row]) -> list[str]:
+def verdicts(pooled: Sequence[Row], adapted: Sequence[Row], few: Sequence[Row] = ()) -> list[str]:
     """Whether pooling paid, in words with the numbers; and where it did not."""
     lines = []
     if pooled:
-        mean = float(np.mean([row["difference"] for row in pooled]))
-        error = float(np.sqrt(np.sum([row["se"] ** 2 for row in pooled])) / len(pooled))
         lines.append(
             f"Co-smoothing of held-out trials, pooled minus single, mean over {len(pooled)} recordings: "
-            f"{mean:+.4f} ± {error:.4f} bits per spike."
+            f"{_mean_difference(pooled)} bits per spike."
         )
         lines += [_against(row, "pooling does not help") for row in pooled if row["difference"] < 0]
+    for trials in sorted({row["trials"] for row in few}):
+        of = [row for row in few if row["trials"] == trials]
+        lines.append(
+            f"The same with {trials} trials of every recording, mean over {len(of)}: {_mean_difference(of)} bits per "
+            "spike."
+        )
     enough = [row for row in adapted if row["trials"] == ENOUGH]
     if enough:
         won = [row for row in enough if row["difference"] > 0]
@@ -100,6 +104,11 @@ def verdicts(pooled: Sequence[Row], adapted: Sequence[Row]) -> list[str]:
         )
         lines += [_against(row, "adapting does not help") for row in enough if row["difference"] <= 0]
     return lines
+
+
+def _mean_difference(rows: Sequence[Row]) -> str:
+    error = np.sqrt(np.sum([row["se"] ** 2 for row in rows])) / len(rows)
+    return f"{np.mean([row['difference'] for row in rows]):+.4f} ± {error:.4f}"
 
 
 def _against(row: Row, what: str) -> str:
@@ -116,7 +125,7 @@ def write(
     notes: Sequence[str],
     captions: Mapping[str, str],
 ) -> dict:
-    """Write ``scores.csv``, ``pooling.csv``, ``adaptation.csv``, pictures of scores, ``index.html``, ``metrics.json``.
+    """Write the tables (``scores.csv``, ``pooling.csv``, ...), pictures of scores, ``index.html`` and ``metrics.json``.
 
     Args:
         out: the folder.
@@ -139,7 +148,13 @@ def write(
         "from scratch",
         ("recording", "trials"),
     )
-    written = {"scores.csv": found, "pooling.csv": pooled, "adaptation.csv": adapted}
+    few = differences(
+        [row for row in rows if row["piece"] in ("few", "scratch")],
+        "few pooled",
+        "from scratch",
+        ("recording", "trials"),
+    )
+    written = {"scores.csv": found, "pooling.csv": pooled, "few.csv": few, "adaptation.csv": adapted}
     written = {name: of for name, of in written.items() if of}
     for name, of in written.items():
         tables.write(out / name, of)
@@ -150,7 +165,13 @@ def write(
             "Held-out recordings: adapted, and from scratch, against the number of trials"
         )
         report.save_figure(curves(adapted, found), out / "adaptation.png")
-    lines = verdicts(pooled, adapted)
+    if few:
+        shown["few.png"] = (
+            "Held-out trials: pooled minus alone, against the trials of every recording that both learn from "
+            "(last: all)"
+        )
+        report.save_figure(gains(few, pooled, found), out / "few.png")
+    lines = verdicts(pooled, adapted, few)
     data = [
         {
             "recording": name,
@@ -171,6 +192,8 @@ def write(
         *(page.paragraph(note) for note in notes),
         page.heading("Pooled and single, bits per spike"),
         page.table(pooled),
+        page.heading("Few trials of every recording: pooled and each alone, bits per spike"),
+        page.table(few),
         page.heading("Adapted and from scratch, bits per spike"),
         page.table(adapted),
         *(page.figure(name, caption) for name, caption in (shown | dict(captions)).items()),
@@ -182,6 +205,7 @@ def write(
     numbers = {
         "verdicts": lines,
         "pooling": pooled,
+        "few": few,
         "adaptation": adapted,
         "data": data,
         "settings": dict(settings),
@@ -267,4 +291,31 @@ def curves(adapted: Sequence[Row], found: Sequence[Row]) -> Figure:
         column[0].set_title(name, fontsize="small")
         column[1].set_xlabel("trials")
     axes[0, -1].legend(frameon=False, fontsize="small")
+    return figure
+
+
+def gains(few: Sequence[Row], pooled: Sequence[Row], found: Sequence[Row]) -> Figure:
+    """Pooled minus alone against the number of trials, a panel for co-smoothing and one for forecasts."""
+    import matplotlib.pyplot as plt
+
+    every = {
+        row["recording"]: row["trials"] for row in found if row["method"] == "single recording"
+    }  # all trials
+    rows = [
+        *few,
+        *({**row, "trials": every[row["recording"]]} for row in pooled if row["recording"] in every),
+    ]
+    figure, axes = plt.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
+    for ax, prefix, label in zip(axes, ("", "fp_"), ("co-smoothing", "forecasts"), strict=True):
+        for color, name in zip(PALETTE, dict.fromkeys(row["recording"] for row in few), strict=False):
+            of = sorted((row for row in rows if row["recording"] == name), key=lambda row: row["trials"])
+            trials, value, error = (
+                [row[key] for row in of] for key in ("trials", f"{prefix}difference", f"{prefix}se")
+            )
+            ax.errorbar(trials, value, error, marker="o", markersize=3, color=color, label=name)
+        ax.axhline(0.0, color="0.6", linewidth=0.8)
+        ax.set_xscale("log", base=2)
+        ax.set_xlabel("trials of every recording")
+        ax.set_ylabel(f"pooled minus alone, {label} (bits per spike)")
+    axes[0].legend(frameon=False, fontsize="small")
     return figure
