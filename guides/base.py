@@ -45,8 +45,6 @@ class AmortizedGuide(nn.Module, ABC):
         ValueError: for a share outside [0, 1), or ``read_in_dim < latent_dim``.
     """
 
-    neuron_dropout: float = 0.0
-
     def __init__(
         self,
         model: MetaSSM,
@@ -69,13 +67,13 @@ class AmortizedGuide(nn.Module, ABC):
             "read_in_dim": read_in_dim,
             "embedding_encoder": embedding_encoder,
             "detach_embedding": detach_embedding,
+            "neuron_dropout": neuron_dropout,
         }
-        if neuron_dropout:  # at its default it is left out: runs that were begun before there was one go on
-            self.config["neuron_dropout"] = self.neuron_dropout = neuron_dropout
         self.read_in = ReadIn(model.neurons, read_in_dim)
         self.encode_embedding = embedding_encoder(model.latent_dim, model.embedding_dim)
         self.global_sites = GlobalPosterior(model)
         self.detach_embedding = detach_embedding
+        self.neuron_dropout = neuron_dropout
         self.smoothing: Tensor
         # Sd of the Gaussian kernel of every recording's frame, in bins; 0 is none.
         self.register_buffer("smoothing", torch.zeros(len(model.neurons.names)))

@@ -49,7 +49,7 @@ def specification(
     )
     for what, module in (("model", model), ("guide", guide)):
         found[what] = plain(type(module))
-        found[f"{what}.config"] = plain(getattr(module, "config", {}))
+        found[f"{what}.config"] = plain(_configured(module))
         found[f"{what}.attributes"] = _attributes(module)
         found[f"{what}.trained"] = {
             name: [str(p.dtype), list(p.shape)] for name, p in module.named_parameters() if p.requires_grad
@@ -69,6 +69,21 @@ def _chosen(options: Any) -> dict[str, Any]:
         field.name: getattr(options, field.name)
         for field in dataclasses.fields(options)
         if getattr(options, field.name) != field.default
+    }
+
+
+def _configured(module: nn.Module) -> dict[str, Any]:
+    """The arguments of its constructor that were chosen, as :func:`_chosen` has it."""
+    defaults = {
+        name: parameter.default
+        for cls in reversed(type(module).__mro__)
+        for name, parameter in inspect.signature(cls.__init__).parameters.items()  # type: ignore[misc]
+    }
+    config = getattr(module, "config", {})
+    return {
+        key: value
+        for key, value in config.items()
+        if key not in defaults or plain(value) != plain(defaults[key])
     }
 
 
@@ -135,7 +150,8 @@ def _digest(value: Tensor | np.ndarray) -> str:
 
 
 def _attributes(module: nn.Module) -> dict[str, Any]:
-    """Plain public attributes of a module and of those in it: what was set after the constructor."""
+    """Plain public attributes of a module and of those in it, but for what its configuration says."""
+    said = {"": getattr(module, "config", {})}
     return {
         f"{prefix}.{name}".lstrip("."): plain(value)
         for prefix, part in module.named_modules()
@@ -143,6 +159,7 @@ def _attributes(module: nn.Module) -> dict[str, Any]:
         if isinstance(value, bool | int | float | str | list | tuple | dict | type)
         and name[0] != "_"
         and (prefix, name) != ("", "config")
+        and not (name in said.get(prefix, {}) and plain(value) == plain(said[prefix][name]))
         and name != "training"
     }
 

@@ -63,6 +63,15 @@ def test_a_specification_is_the_same_for_the_same_fit_whatever_the_random_start(
     assert told(every=1) == told(every=2)  # nothing is validated
 
 
+def test_what_is_at_its_default_is_left_out_so_that_a_later_option_ends_no_run():
+    found = told()
+    assert found["model.config"].keys() == {"latent_dim", "embedding_dim", "hidden_dim"}
+    assert (
+        found["guide.config"].keys() == {"hidden_dim"} and "neuron_dropout" not in found["guide.attributes"]
+    )
+    assert told(rank=2)["model.config"]["rank"] == 2
+
+
 CHANGES = {
     "recordings.a": [
         {"recs": data(observations=np.ones((4, 6, 3)))},
