@@ -27,7 +27,9 @@ from pyro_metassm.read_outs import ReadOutPrior, common_shift, second_moments
 from pyro_metassm.windows import LENGTHS, TiedFrames, Windows, growing, roll_out
 
 JITTER = 0.15  # sd of the embeddings of the starts around those of known recordings, in their spread
-FLOOR = 0.002  # roll-out error, in variances, below which errors are the fitted family's own
+FLOOR = (
+    0.002  # roll-out error that is the fitted family's own, in variances of latents, whose scale is about one
+)
 ENCODED = 400  # bins of each recording that a step infers the embedding from
 ROUGHLY = 128  # the same while there are many starts: most of the arithmetic is theirs
 SIMULATED = 16  # trials, at most, whose canonical frame is a start
@@ -189,7 +191,8 @@ class _Search(TiedFrames):
         model, _ = self.parts
         first = model.initial_state(e.unsqueeze(-2)).log_prob(self.states(self.first).squeeze(-2))
         first = (first - torch.linalg.slogdet(self.frame)[1].unsqueeze(-1)) * self.starts
-        roll_outs = -0.5 * self.observations * (error + FLOOR).log()
+        family = FLOOR * self.frame.square().sum((-1, -2)) / self.frame.shape[-1]  # in canonical coordinates
+        roll_outs = -0.5 * self.observations * (error + family).log()
         return roll_outs + first.sum(-1) + self.known.log_prob(e) + self.log_prior()
 
     def joined(self, other: _Search) -> _Search:

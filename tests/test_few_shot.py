@@ -128,7 +128,11 @@ def test_the_weight_of_a_start_is_the_sum_of_its_parts(fit):
         for r in range(2):
             frame, offset = search.frame[s, r], search.offset[s, r]
             expected = embedding.log_prob(e[s, r]) + search.log_prior()[s, r]
-            expected = expected - 0.5 * bins[r].sum() * 2 / LENGTHS[1] * (error[s, r] + few_shot.FLOOR).log()
+            # What the family errs by, independent errors of the latents, as it is seen in canonical coordinates.
+            family = (
+                torch.linalg.multi_dot([frame.mT, few_shot.FLOOR * torch.eye(2).double(), frame]).diagonal().mean()
+            )
+            expected = expected - 0.5 * bins[r].sum() * 2 / LENGTHS[1] * (error[s, r] + family).log()
             for k in range(4):
                 if bins[r, k, 0]:
                     z = torch.linalg.solve(frame.mT, w[r, k, 0] - offset)
