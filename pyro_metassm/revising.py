@@ -20,7 +20,7 @@ from pyro_metassm.models.revised import Revised, kernel
 from pyro_metassm.observations import of_single_neurons
 from pyro_metassm.rebuilding import construct
 from pyro_metassm.recordings import Batch, Recordings
-from pyro_metassm.result import Fit
+from pyro_metassm.result import Fit, check_fit
 
 HOOKS = (
     "adapt_dynamics", "dynamics_of", "embedding_prior", "embedding_prior_of", "forward", "initial_state", "likelihood",
@@ -68,6 +68,7 @@ def revise(fit: Fit, recs: Recordings, *, num_trials: int = 32, num_rounds: int 
         >>> pm.analysis.fixed_points(revised, "w=5", num_draws=4)["position"].dims
         ('draw', 'fixed_point', 'latent_dim')
     """
+    check_fit(fit)
     checks.integers(num_trials=num_trials, num_rounds=num_rounds)
     base = _base(fit, recs)
     sources = [_Source.of(base, fit, recs, name, num_trials) for name in recs]
