@@ -130,7 +130,9 @@ def test_the_weight_of_a_start_is_the_sum_of_its_parts(fit):
             expected = embedding.log_prob(e[s, r]) + search.log_prior()[s, r]
             # What the family errs by, independent errors of the latents, as it is seen in canonical coordinates.
             family = (
-                torch.linalg.multi_dot([frame.mT, few_shot.FLOOR * torch.eye(2).double(), frame]).diagonal().mean()
+                torch.linalg.multi_dot([frame.mT, few_shot.FLOOR * torch.eye(2).double(), frame])
+                .diagonal()
+                .mean()
             )
             expected = expected - 0.5 * bins[r].sum() * 2 / LENGTHS[1] * (error[s, r] + family).log()
             for k in range(4):
