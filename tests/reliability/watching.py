@@ -71,7 +71,11 @@ def _hook(event: str, args: tuple[Any, ...]) -> None:
     elif event == "open" and isinstance(args[0], str) and args[1] is not None:
         path = os.path.abspath(args[0])
         writes = any(letter in str(args[1]) for letter in "wax+")
-        known = path in SEARCHED or path.startswith(("/proc/", "/sys/", "/dev/", sys.prefix))
+        about = os.path.dirname(
+            path
+        )  # of what is installed there: a build leaves *.egg-info beside the sources
+        described = about.endswith((".egg-info", ".dist-info")) and os.path.dirname(about) in SEARCHED
+        known = path in SEARCHED or described or path.startswith(("/proc/", "/sys/", "/dev/", sys.prefix))
         if not path.startswith(_folder) and (writes or not known):
             _seen.append(f"open of {path} ({args[1]})")
     elif event.startswith(FORBIDDEN) and (event, *args) != ("ctypes.dlopen", None):  # of the process itself
