@@ -28,13 +28,14 @@ from pyro_metassm.read_outs import (
     refit_read_outs,
     rows_of,
     second_moments,
+    write_read_outs,
 )
 from pyro_metassm.rebuilding import for_recordings, joined, tables
 from pyro_metassm.recordings import Batch, Recordings
 from pyro_metassm.result import Fit, check_fit, embedding_statistics
 from pyro_metassm.tempering import tempered
 from pyro_metassm.trainer import Options, Trainer
-from pyro_metassm.warm_start import SETTLING, natural_frames, smoothed_by, write_read_in, write_read_outs
+from pyro_metassm.warm_start import SETTLING, natural_frames, smoothed_by, write_read_in
 from pyro_metassm.windows import TiedFrames
 
 PARTS = ("read_in", "read_out", "embedding")
@@ -241,7 +242,7 @@ def _start(fit, model, guide, new, prior, parts, num_starts, search_steps, seed,
             frames,
             bins,
             rows,
-            batch.recording,
+            batch,
             prior=prior,
             embeddings=known,
             num_starts=num_starts,

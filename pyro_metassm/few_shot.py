@@ -1,46 +1,44 @@
-"""Where a new recording lies in a fitted family: frames searched for from many starts that the model itself draws.
+"""Where a new recording lies in a fitted family: its frame, searched for from many starts.
 
 With everything shared frozen, a new recording is known up to the affine map from its canonical coordinates to the
 latents, ``latent_dim (latent_dim + 1)`` numbers whatever the number of neurons. They are searched for:
 
-1. many starts: the fitted model is run from its initial states at embeddings of its recordings, as many trials as there
-   are data; the canonical frame of such a simulation is a guess of the new recording's, since canonical coordinates do
-   not depend on who observed;
+1. many starts of two kinds (:mod:`~pyro_metassm.starts`): canonical frames of what the fitted model itself draws, since
+   canonical coordinates do not depend on who observed; and frames in which read-outs are as large as the known ones,
+   which hold where the trials have hardly left rest;
 2. the likely ones are improved by gradient: roll-outs of the frozen dynamics, at the embedding that the frozen encoder
    infers, against the data, with the read-outs of the known recordings as a prior;
-3. the likeliest is taken; how far the others lie from it is reported.
+3. of the last few that is taken for which the data have most evidence (:mod:`~pyro_metassm.frame_evidence`); how far
+   the others lie from it is reported.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import pyro
 import torch
 from torch import Tensor
 
-from pyro_metassm import _machine as machine
-from pyro_metassm.frames import Frames, canonical_frame
+from pyro_metassm.frame_evidence import of_frames
+from pyro_metassm.frames import Frames
 from pyro_metassm.optimizers import adam, one_cycle
 from pyro_metassm.read_outs import ReadOutPrior, common_shift, second_moments
-from pyro_metassm.windows import LENGTHS, TiedFrames, Windows, growing, roll_out
+from pyro_metassm.recordings import Batch
+from pyro_metassm.starts import SIMULATED, simulated_starts, starts_by_read_outs
+from pyro_metassm.windows import LENGTHS, TiedFrames, Windows, growing
 
-JITTER = 0.15  # sd of the embeddings of the starts around those of known recordings, in their spread
-FLOOR = (
-    0.002  # roll-out error that is the fitted family's own, in variances of latents, whose scale is about one
-)
+# Roll-out error that is the fitted family's own, in variances of latents, whose scale is about one.
+FLOOR = 0.002
 ENCODED = 400  # bins of each recording that a step infers the embedding from
 ROUGHLY = 128  # the same while there are many starts: most of the arithmetic is theirs
-SIMULATED = 16  # trials, at most, whose canonical frame is a start
 ELEMENTS = 2**26  # numbers at a time while starts are judged, for the memory
 LOOK = 10  # steps between two looks at the error: a look makes the host wait for a GPU
 SCREENED = 24  # windows of each recording that starts are judged by
-STAGES = (
-    (96, 4, 3e-2),
-    (24, 8, 3e-2),
-    (8, 32, 1e-2),
-)  # (starts kept, windows a step, learning rate): many are judged again once they have moved
+# Starts kept (of each kind until the last), windows a step, learning rate: many are judged again once they have moved.
+STAGES = ((48, 4, 3e-2), (12, 8, 3e-2), (8, 32, 1e-2))
 
 
 @dataclass(frozen=True)
@@ -65,7 +63,7 @@ def search(
     frames: Frames,
     bins: Tensor,
     rows: list[Tensor],
-    recording: Tensor,
+    batch: Batch,
     *,
     prior: ReadOutPrior,
     embeddings: Tensor,
@@ -81,65 +79,64 @@ def search(
         frames: canonical frames of the new recordings.
         bins: ``(R, K, T)`` bool, where anything was seen.
         rows: their read-outs from canonical coordinates, ``(N_i, d + 1)`` each, in the units of the prior.
-        recording: ``(R,)`` rows of the model's tables.
+        batch: their data.
         prior: of read-outs from the latents.
         embeddings: means of the known recordings' embeddings, ``(M, embedding_dim)``.
-        num_starts: starts of each recording.
+        num_starts: starts of each recording and kind.
         num_steps: gradient steps.
         rng: of everything random.
         on_step: called after every step with the mean roll-out error, which is read every tenth step.
     """
+    arguments = (model, guide, frames, bins, rows, batch.recording, prior, embeddings)
+
+    def simulated(number: int) -> tuple[Tensor, Tensor]:
+        return simulated_starts(model, frames.coordinates, bins, embeddings, number, rng)
+
+    def by_read_outs(number: int) -> tuple[Tensor, Tensor]:
+        return starts_by_read_outs(rows, prior, number, rng)
+
+    with pyro.validation_enabled(False):  # a start may lie anywhere
+        # Apart until they have moved: before, the one that is right may look the worse.
+        kinds = [_screened(arguments, of, num_starts, rng) for of in (simulated, by_read_outs)]
+        for number, (kept, num_windows, rate) in enumerate(STAGES):
+            if number == len(STAGES) - 1:
+                kinds = [kinds[0].joined(kinds[1])]
+            steps = (num_steps + len(STAGES) - 1 - number) // len(STAGES)
+            for problem in kinds:
+                problem.keep(min(kept, len(problem.frame)), rng)
+                tell = on_step if problem is kinds[0] else _not_told
+                problem.run(steps, num_windows, rate, rng, tell, grow=number == 0)
+        (problem,) = kinds
+        log_weight, error, e = problem.keep(len(problem.frame), rng)
+        log_weight = problem.known_better(log_weight, e, frames, batch)
+    best = log_weight.argmax(0), torch.arange(log_weight.shape[1], device=log_weight.device)
+    # The likeliest as zero: squares of small differences.
+    weight, e = log_weight.softmax(0).unsqueeze(-1), (e - e[best]).nan_to_num()
+    spread = ((weight * e.square()).sum(0) - (weight * e).sum(0).square()).clamp(min=0).sqrt()
+    error = error[best].where((bins.sum(-1) > 1).any(-1), torch.nan)
+    return Found(problem.frame[best].detach(), problem.offset[best].detach(), error, spread)
+
+
+def _not_told(error: float) -> None:
+    """The steps of the second kind of starts are taken within those of the first."""
+
+
+def _screened(
+    arguments: tuple[Any, ...], of: Callable[[int], tuple[Tensor, Tensor]], number: int, rng: torch.Generator
+) -> _Search:
+    """The likeliest of a number of starts, judged a few at a time."""
+    _, _, frames, bins, *_ = arguments
     kept, width = STAGES[0][0], 64  # of the encoders' hidden layers, about
     per_start = max(bins.shape[0] * ENCODED * width, 8 * SIMULATED * frames.coordinates[0, 0].numel())
     at_once = max(1, ELEMENTS // per_start)
     problem: _Search | None = None
-    with pyro.validation_enabled(False):  # a start may lie anywhere
-        for first in range(0, num_starts, at_once):
-            number = min(at_once, num_starts - first)
-            frame, offset = _starts(model, frames.coordinates, bins, embeddings, number, rng)
-            more = _Search(model, guide, frames, bins, rows, recording, prior, embeddings, frame, offset)
-            problem = more if problem is None else problem.joined(more)
-            problem.keep(min(kept, len(problem.frame)), rng)
-        assert problem is not None
-        for number, (kept, num_windows, rate) in enumerate(STAGES):
-            problem.keep(min(kept, len(problem.frame)), rng)
-            share = (num_steps + len(STAGES) - 1 - number) // len(STAGES)
-            problem.run(share, num_windows, rate, rng, on_step, grow=number == 0)
-        log_weight, error, e = problem.keep(len(problem.frame), rng)
-    # The likeliest as zero: squares of small differences.
-    weight, e = log_weight.softmax(0).unsqueeze(-1), (e - e[:1]).nan_to_num()
-    spread = ((weight * e.square()).sum(0) - (weight * e).sum(0).square()).clamp(min=0).sqrt()
-    error = error[0].where((bins.sum(-1) > 1).any(-1), torch.nan)
-    return Found(problem.frame[0].detach(), problem.offset[0].detach(), error, spread)
-
-
-@torch.no_grad()
-def _starts(model, w: Tensor, bins: Tensor, embeddings: Tensor, number: int, rng: torch.Generator):
-    """Frames and offsets ``(S, R, ...)`` from canonical frames of simulated trials, seen where the data are."""
-    most = bins.sum(-1).topk(min(SIMULATED, bins.shape[1]), -1).indices  # the trials with most data
-    bins = bins.take_along_dim(most.unsqueeze(-1), 1)
-    trials, time = bins.shape[1:]
-    device, dtype, dim = w.device, w.dtype, w.shape[-1]
-    spread = embeddings.std(0, correction=0)
-    picked = torch.randint(len(embeddings), (number,), generator=rng)
-    noise = torch.randn(number, embeddings.shape[-1], generator=rng, dtype=dtype).to(device)
-    e = (embeddings[picked.to(device)] + JITTER * spread * noise).unsqueeze(-2)  # (S, 1, embedding_dim)
-    seed = int(torch.randint(2**31, (), generator=rng))
-    with machine.random_forked(device):
-        torch.manual_seed(seed)
-        z = model.initial_state(e).expand((number, trials)).sample().unsqueeze(-2)
-    path = z if time == 1 else torch.cat([z, roll_out(model.adapt_dynamics(e), z, time - 1)], -2)
-    path = path + 0.01 * torch.randn(path.shape, generator=rng, dtype=dtype).to(device)
-    same = bool((bins == bins[:1]).all())
-    pairs = [
-        canonical_frame(path, seen.expand(number, trials, time)) for seen in (bins[:1] if same else bins)
-    ]
-    pairs = pairs * (len(bins) if same else 1)
-    frame, offset = (torch.stack(parts, 1) for parts in zip(*pairs, strict=True))
-    # A frame's signs are decided by its flow; with little of it they may come out wrong.
-    flip = torch.where(torch.rand(number, 1, 1, dim, generator=rng) < 0.5, -1.0, 1.0).to(w)
-    flip[: number // 2] = 1.0
-    return frame * flip, offset * flip.squeeze(-2)
+    for first in range(0, number, at_once):
+        frame, offset = of(min(at_once, number - first))
+        more = _Search(*arguments, frame=frame, offset=offset)
+        problem = more if problem is None else problem.joined(more)
+        problem.keep(min(kept, len(problem.frame)), rng)
+    assert problem is not None
+    return problem
 
 
 def _normal(embeddings: Tensor) -> torch.distributions.Distribution:
@@ -153,7 +150,9 @@ def _normal(embeddings: Tensor) -> torch.distributions.Distribution:
 class _Search(TiedFrames):
     """S frames of each of R recordings, and how likely they are."""
 
-    def __init__(self, model, guide, frames, bins, rows, recording, prior, embeddings, frame, offset):
+    def __init__(
+        self, model, guide, frames, bins, rows, recording, prior, embeddings, *, frame: Tensor, offset: Tensor
+    ):
         super().__init__(frame, offset)
         self.arguments = (model, guide, frames, bins, rows, recording, prior, embeddings)
         self.parts, self.recording = (model, guide), recording
@@ -197,8 +196,8 @@ class _Search(TiedFrames):
 
     def joined(self, other: _Search) -> _Search:
         """The starts of both."""
-        pairs = ((self.frame, other.frame), (self.offset, other.offset))
-        return _Search(*self.arguments, *(torch.cat(pair).detach() for pair in pairs))
+        frame, offset = torch.cat([self.frame, other.frame]), torch.cat([self.offset, other.offset])
+        return _Search(*self.arguments, frame=frame.detach(), offset=offset.detach())
 
     def errors(self, num_windows: int, length: int, rng: torch.Generator) -> tuple[Tensor, Tensor]:
         """Roll-out errors ``(S, R)`` and inferred embeddings ``(S, R, embedding_dim)``.
@@ -244,6 +243,16 @@ class _Search(TiedFrames):
         self.frame = torch.nn.Parameter(self.frame[best, columns])
         self.offset = torch.nn.Parameter(self.offset[best, columns])
         return log_weight, error[best, columns], e[best, columns]
+
+    @torch.no_grad()
+    def known_better(self, log_weight: Tensor, e: Tensor, frames: Frames, batch: Batch) -> Tensor:
+        """Log weights ``(S, R)``: evidence of the data in place of the errors of roll-outs, where there is any."""
+        evidence = of_frames(*self.parts, frames, self, self.windows.bins, batch)
+        if evidence is None:
+            return log_weight
+        known = evidence + self.known.log_prob(e) + self.log_prior()
+        finite = evidence.isfinite()
+        return known.where(finite, -torch.inf).where(finite.any(0), log_weight)
 
     def _length(self) -> int:
         return growing(1.0, self.windows.longest)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from types import SimpleNamespace
 
 import torch
 from torch import Tensor
@@ -247,6 +248,33 @@ def refit_read_outs(
             rows = rows + share * step
         assert best is not None
         model.read_out.weight[place], model.read_out.bias[place] = best[0][:, :-1], best[0][:, -1]
+
+
+def in_latents(read_out, frame: Tensor, offset: Tensor, batch: Batch) -> SimpleNamespace:
+    """From read-outs of canonical coordinates to those of the latents, ``c = F b`` and ``d = m + o b``.
+
+    Args:
+        read_out: of all recordings.
+        frame, offset: ``F (R, d, d)`` and ``o (R, d)``.
+        batch: of which recordings.
+
+    Returns:
+        ``neurons``, ``weight`` and ``bias``, as ``read_out`` has them.
+    """
+    weight, bias = read_out.weight.detach().clone(), read_out.bias.detach().clone()
+    for r, name in enumerate(batch.names):
+        rows = read_out.neurons.slice(name)
+        bias[rows] += weight[rows] @ offset[r]
+        weight[rows] = weight[rows] @ frame[r].mT
+    return SimpleNamespace(neurons=read_out.neurons, weight=weight, bias=bias)
+
+
+@torch.no_grad()
+def write_read_outs(model, frame: Tensor, offset: Tensor, batch: Batch) -> None:
+    """The model's read-outs of canonical coordinates into those of the latents: :func:`in_latents`, in place."""
+    turned = in_latents(model.read_out, frame, offset, batch)
+    model.read_out.weight.copy_(turned.weight)
+    model.read_out.bias.copy_(turned.bias)
 
 
 @torch.no_grad()

@@ -26,6 +26,7 @@ from pyro_metassm.read_outs import (
     refit_read_outs,
     rows_of,
     second_moments,
+    write_read_outs,
 )
 from pyro_metassm.recordings import Batch, Recordings, sample_trials
 from pyro_metassm.teaching import stretch, teach
@@ -344,17 +345,6 @@ def write_read_in(guide, frames: Frames, frame: Tensor, offset: Tensor, batch: B
         read_in.weight[rows, :dim] = own * batch.held_in[r].sum().to(own.dtype).sqrt()
         read_in.bias[row] = 0.0
         read_in.bias[row, :dim] = (frames.bias[r] - offset[r]) @ inverse[r]
-
-
-@torch.no_grad()
-def write_read_outs(model, frame: Tensor, offset: Tensor, batch: Batch) -> None:
-    """From read-outs of canonical coordinates to those of the latents, ``c = F b`` and ``d = m + o b``."""
-    read_out = model.read_out
-    for r, name in enumerate(batch.names):
-        rows = read_out.neurons.slice(name)
-        weight = read_out.weight[rows].clone()
-        read_out.bias[rows] += weight @ offset[r]
-        read_out.weight[rows] = weight @ frame[r].mT
 
 
 def _write_noise(model, guide, z: Tensor, bins: Tensor, batch: Batch) -> None:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from pyro_metassm.dynamics import AdaptedMLP
 
 LENGTHS = (5, 25)  # bins of roll-outs, at first and from half of the steps on
+BOUND = 10.0  # of latents, whose scale is about one
 FAR = 10.0  # variances from the mean from which on a bin is no likelier to begin a window
 
 
@@ -110,7 +111,7 @@ def growing(progress: float, longest: int) -> int:
     return min(round(shortest + min(1.0, 2 * progress) * (length - shortest)), longest)
 
 
-def roll_out(dynamics: Callable[[Tensor], Tensor], z: Tensor, num_steps: int, bound: float = 10.0) -> Tensor:
+def roll_out(dynamics: Callable[[Tensor], Tensor], z: Tensor, num_steps: int, bound: float = BOUND) -> Tensor:
     """What follows ``z (R, V, 1, d)`` without noise, ``(R, V, num_steps, d)``; clamped, so that nothing explodes."""
     if isinstance(dynamics, AdaptedMLP):
         return dynamics.rollout(z, num_steps, bound)

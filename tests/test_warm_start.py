@@ -110,7 +110,7 @@ def test_read_outs_of_latents_predict_as_those_of_canonical_coordinates_do():
     w = torch.randn(*bins.shape, 2).double()
     with torch.no_grad():
         expected = model.read_out(w, batch.recording, batch.width)
-        warm_start.write_read_outs(model, tied.frame, tied.offset, batch)
+        read_outs.write_read_outs(model, tied.frame, tied.offset, batch)
         found = model.read_out(tied.states(w), batch.recording, batch.width)
     for r, width in enumerate(batch.num_neurons):
         torch.testing.assert_close(found[r, ..., :width], expected[r, ..., :width])
