@@ -30,7 +30,7 @@ class Settings:
     steps: Steps = field(default_factory=Steps)
     scoring: Scoring = field(default_factory=Scoring)
     shots: tuple[int, ...] = (1, 2, 4, 8, 16, 32)
-    draws: tuple[int, ...] = (10, 10, 5, 5, 3, 1)
+    draws: tuple[int, ...] = (10, 4, 3, 3, 2, 1)
     shown: int = 8
 
     def __post_init__(self) -> None:
