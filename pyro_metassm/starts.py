@@ -64,7 +64,8 @@ def starts_by_read_outs(
     def random(*shape: int) -> Tensor:
         return torch.randn(number, len(rows), *shape, generator=rng).to(moments)
 
-    turn = torch.linalg.qr(random(dim, dim))[0] * (1 + JITTER * random(1, 1))
+    # LAPACK's Q is a product of dim - 1 reflections: without signs of its own its determinant is the same always.
+    turn = torch.linalg.qr(random(dim, dim))[0] * random(1, dim).sign() * (1 + JITTER * random(1, 1))
     frame = torch.linalg.cholesky(prior.covariance[:-1, :-1]) @ turn @ white
     shift = prior.shift_mean + random(dim) @ torch.linalg.cholesky(prior.shift_covariance).mT
     return frame, (shift.unsqueeze(-2) @ frame).squeeze(-2) - common_shift(moments)
