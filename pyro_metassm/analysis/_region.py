@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 
 from pyro_metassm import _checks as checks
 from pyro_metassm import _machine as machine
@@ -123,15 +122,20 @@ def mean_latents(fit: Fit, recs: Recordings, name: str, seed: int = 0) -> np.nda
     return np.concatenate(trial_latents(fit, recs, name, seed))
 
 
-@machine.alone()
 def trial_latents(fit: Fit, recs: Recordings, name: str, seed: int = 0) -> list[np.ndarray]:
     """Posterior mean latents of up to 64 trials, each ``(bins of the trial, latent_dim)``."""
+    return [draws.mean(0) for draws in trial_draws(fit, recs, name, SAMPLES, seed)]
+
+
+@machine.alone()
+def trial_draws(fit: Fit, recs: Recordings, name: str, num_draws: int, seed: int = 0) -> list[np.ndarray]:
+    """Posterior draws of the latents of up to 64 trials, each ``(draw, bins of the trial, latent_dim)``."""
     some = recs.select([name])
     some = some.take_trials(TRIALS) if recs[name].num_trials > TRIALS else some
-    total: dict[int, torch.Tensor] = {}
-    for chunk in posterior_chunks(fit, some, name, SAMPLES, seed):
-        sums = chunk.latents[:, 0].double().sum(0)
+    found: dict[int, list[np.ndarray]] = {}
+    for chunk in posterior_chunks(fit, some, name, num_draws, seed):
+        draws = to_numpy(chunk.latents[:, 0].double())
+        there = to_numpy(chunk.batch.time_mask[0])
         for row, trial in enumerate(chunk.trials.tolist()):
-            there = sums[row][chunk.batch.time_mask[0, row]] / SAMPLES
-            total[trial] = total[trial] + there if trial in total else there
-    return [to_numpy(values) for values in total.values()]
+            found.setdefault(trial, []).append(draws[:, row, there[row]])
+    return [np.concatenate(parts) for parts in found.values()]
