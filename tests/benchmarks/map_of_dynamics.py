@@ -33,15 +33,6 @@ FOUND = 0.15  # of the range
 DRAWS = 100
 
 
-def true_fixed_points(attrs: Mapping[Any, Any]) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Positions, and eigenvalues of the flow there (1/s)."""
-    if attrs["system"] == "hopf":
-        return [(np.zeros(2), np.linalg.eigvals([[0.0, 1.0], [-1.0, attrs["mu"]]]))]
-    a, b, c = attrs["a"], attrs["b"], attrs["c"]
-    x = [0.0] if b >= 0 else [0.0, -np.sqrt(-b / c), np.sqrt(-b / c)]
-    return [(np.array([u, 0.0]), np.linalg.eigvals([[0.0, 1.0], [-b - 3 * c * u**2, a]])) for u in x]
-
-
 def true_period(attrs: Mapping[Any, Any]) -> float | None:
     """In s; None without a limit cycle."""
     mu = attrs.get("mu", 0.0)
@@ -63,7 +54,8 @@ def measure(fit: pm.Fit, train: pm.Recordings, test: pm.Recordings, name: str, s
     known = align(pm.posterior(fit, some, num_samples=10), name)
     attrs, latents = test.truth[name].attrs, test.truth[name]["latents"].values
     width = np.ptp(latents.reshape(-1, 2), axis=0)
-    truth = true_fixed_points(attrs)
+    true = pm.simulate.fixed_points(test.truth[name])
+    truth = list(zip(true["position"].values, true["growth_rate"].values, strict=True))
     found = analysis.fixed_points(fit, name, recs=train, num_draws=0).isel(draw=0)
     at = known.to_truth(found["position"].values)
     row: dict[str, Any] = {"recording": name, "true": len(truth), "found": len(at), "align_r2": known.r2}
@@ -73,10 +65,9 @@ def measure(fit: pm.Fit, train: pm.Recordings, test: pm.Recordings, name: str, s
         if len(at) and error.min() < FOUND:
             k = int(error.argmin())
             growth = found["growth_rate"].values[k].max()
-            true = rate.real.max()
-            marginal = bool(np.abs(rate.real).min() < 1e-9)
-            right = None if marginal else (growth > 0) == (true > 0)
-            pairs.append((position, k, float(error[k]), right, float(growth), float(true)))
+            marginal = bool(np.abs(rate).min() < 1e-9)
+            right = None if marginal else (growth > 0) == (rate.max() > 0)
+            pairs.append((position, k, float(error[k]), right, float(growth), float(rate.max())))
     row |= {"missed": len(truth) - len(pairs), "invented": len(at) - len({k for _, k, *_ in pairs})}
     row |= {
         "error": [p[2] for p in pairs],
