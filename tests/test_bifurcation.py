@@ -92,4 +92,6 @@ def test_paths_that_are_none():
         pm.analysis.bifurcation(fit, ["a", "a"])
     with pytest.raises(ValueError, match="got 'c'"):
         pm.analysis.bifurcation(fit, ["a", "c"])
+    with pytest.raises(ValueError, match="one recording or embedding at every waypoint, got several"):
+        pm.analysis.bifurcation(fit, ["a", np.zeros((3, 2, 2))])
     assert WIDTH == 0.05

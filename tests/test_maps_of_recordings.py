@@ -123,6 +123,7 @@ def test_grids_that_are_none():
         ({"recording": "c"}, "got 'c'"),
         ({"decoder": lambda y: y[0]}, "needed a decoder from"),
         ({"num_bins": 0}, "num_bins"),
+        *(({"spacing": value}, "needed a spacing above 0") for value in (0, -1.0, np.nan, "far")),
     ):
         with pytest.raises(ValueError, match=message):
             pm.analysis.interpolate(fit, "a", num_draws=2, **options)

@@ -8,7 +8,7 @@ import numpy as np
 
 from pyro_metassm import _checks as checks
 from pyro_metassm import _machine as machine
-from pyro_metassm.analysis._maps import Place, Source, to_numpy
+from pyro_metassm.analysis._maps import Place, Source, check_recordings, to_numpy
 from pyro_metassm.draws import posterior_chunks, seeded
 from pyro_metassm.recordings import Recordings
 from pyro_metassm.result import Fit
@@ -88,6 +88,7 @@ def visited(source: Source, place: Place, recs: Recordings | None) -> Region:
     Else of the model's own paths from its initial state, with process noise, at the middle of the embedding's draws.
     """
     if recs is not None:
+        check_recordings(source.caller, recs)
         names = [str(place.label)] if place.row is not None else list(recs)
         known = [name for name in names if name in recs]
         if not known:

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 import xarray as xr
 
-from pyro_metassm.analysis._maps import Place, Source, to_numpy
+from pyro_metassm.analysis._maps import Place, Source, check_recordings, to_numpy
 from pyro_metassm.analysis._region import trial_draws, trial_latents
 from pyro_metassm.draws import seeded
 from pyro_metassm.recordings import Recordings
@@ -53,6 +53,7 @@ def state_divergence(
     """
     if not (isinstance(width, int | float) and np.isfinite(width) and width > 0):
         raise ValueError(f"state_divergence: needed a width above 0, got {width!r}")
+    check_recordings("state_divergence", recs)
     source = Source("state_divergence", fit, list(recs), num_draws, seed)
     parts = []
     for place in source.places:
@@ -101,6 +102,7 @@ def power_spectra(fit: Fit, recs: Recordings, *, num_draws: int = 20, seed: int 
         >>> pm.analysis.power_spectra(fit, recs, num_draws=2)["real"].dims
         ('recording', 'frequency', 'component')
     """
+    check_recordings("power_spectra", recs)
     source = Source("power_spectra", fit, list(recs), num_draws, seed)
     length = min(int(r.lengths.min()) for r in recs.values())
     if length < 8:
@@ -160,6 +162,7 @@ def variance_explained(fit: Fit, recs: Recordings, *, num_draws: int = 20, seed:
         >>> dict(found["cumulative"].sizes)
         {'recording': 2, 'draw': 4, 'component': 2}
     """
+    check_recordings("variance_explained", recs)
     names = list(recs)
     source = Source("variance_explained", fit, names, num_draws, seed)
     parts = []

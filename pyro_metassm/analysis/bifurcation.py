@@ -115,7 +115,10 @@ def _path(fit: Fit, along, num_points: int, num_draws: int, seed: int) -> tuple[
             "bifurcation: needed two waypoints or more (recordings' names or embeddings), or the number of a "
             f"principal axis, got {along!r}"
         )
-    stops = [Source("bifurcation", fit, stop, num_draws, seed).places[0] for stop in along]
+    sources = [Source("bifurcation", fit, stop, num_draws, seed) for stop in along]
+    if any(source.dim is not None for source in sources):
+        raise ValueError("bifurcation: needed one recording or embedding at every waypoint, got several")
+    stops = [source.places[0] for source in sources]
     number = max(len(stop.draws) for stop in stops)
     if any(len(stop.draws) not in (1, number) for stop in stops):
         raise ValueError("bifurcation: needed waypoints with the same number of draws")
