@@ -2,9 +2,12 @@
 
 import numpy as np
 import pytest
+import torch
 from known_maps import WIDTH, Duffing, NormalForm, fit_of
 
 import pyro_metassm as pm
+from pyro_metassm.analysis._matching import assigned
+from pyro_metassm.analysis.bifurcation import _joined, _linked
 
 
 def test_a_hopf_bifurcation_is_where_it_is():
@@ -65,6 +68,34 @@ def test_a_pitchfork_has_three_branches():
     assert crossing[np.isfinite(crossing)] == pytest.approx([0.5], abs=1 / 19**2)
     assert found["crossing_frequency"].values[middle, 0] == 0
     assert "period" not in found
+
+
+@pytest.mark.parametrize("path, same", [(lambda t: t, 0), (lambda t: np.sqrt(t), 0), (np.round, -1)])
+def test_a_branch_that_moves_far_in_a_step_is_followed_through_smaller_ones(path, same):
+    """From 0 to 1 with 0.3 as the farthest: but for one that jumps."""
+    ends = torch.zeros(1), torch.ones(1)
+    place = lambda t: np.array([[path(float(t)), 0.0]])
+    looked = []
+
+    def between(first, last, near):
+        looked.append(float(first + last) / 2)
+        return place(looked[-1])
+
+    assert assigned(place(0.0), place(1.0), 0.3).tolist() == [-1]
+    assert _linked(place(0.0), place(1.0), 0.3, *ends, between).tolist() == [same]
+    assert len(looked) == len(set(looked)) and max(looked) < 1
+
+
+def test_a_draw_is_joined_to_the_branches_that_are_there_first():
+    known, there = np.array([[0.0, 0.0], [0.1, 0.0], [1.0, 0.0]]), np.array([True, False, True])
+    # 0.1 is nearer to the branch that is elsewhere on the path; a second point near it is left for that.
+    assert _joined(known, there, np.array([[0.1, 0.0]]), 0.3).tolist() == [0]
+    assert _joined(known, there, np.array([[0.11, 0.0], [-0.05, 0.0], [3.0, 0.0]]), 0.3).tolist() == [
+        1,
+        0,
+        -1,
+    ]
+    assert _joined(known[:0], there[:0], np.zeros((2, 2)), 0.3).tolist() == [-1, -1]
 
 
 def test_a_path_through_zero_along_a_principal_axis():
