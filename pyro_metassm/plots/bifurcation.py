@@ -22,7 +22,7 @@ def bifurcation(
     found: xr.Dataset,
     ax: Axes | None = None,
     *,
-    latent: int = 0,
+    latent: int | None = None,
     against: Sequence[float] | np.ndarray | None = None,
     label: str | None = None,
     legend: bool = True,
@@ -38,7 +38,7 @@ def bifurcation(
     Args:
         found: of :func:`pyro_metassm.analysis.bifurcation`.
         ax: where to draw.
-        latent: the one to draw.
+        latent: the one to draw; default the one in which branches and cycles vary most.
         against: a number for each point of the path, rising or falling, to draw along x in place of the share of the
             path's length, such as the parameter of a simulated system.
         label: of x.
@@ -61,6 +61,7 @@ def bifurcation(
         'latent 1'
     """
     given.dataset("bifurcation", found, ("position", "stable", "crossing"), "pm.analysis.bifurcation")
+    latent = _varying(found) if latent is None else latent
     checks.integers(least=0, latent=latent)
     if latent >= found.sizes["latent_dim"]:
         raise ValueError(
@@ -98,6 +99,16 @@ CROSSING: dict[str, dict[str, Any]] = {
     "Hopf bifurcation": {"marker": "o"},
     "change without turning": {"marker": "d"},
 }
+
+
+def _varying(found: xr.Dataset) -> int:
+    """The latent in which fixed points and extrema of cycles vary most."""
+    parts = [
+        found[key].transpose(..., "latent_dim").values for key in ("position", "low", "high") if key in found
+    ]
+    values = np.concatenate([part.reshape(-1, part.shape[-1]) for part in parts])
+    values = values[np.isfinite(values).all(-1)]
+    return int(values.std(0).argmax()) if len(values) else 0
 
 
 def _along(against: Any, number: int) -> np.ndarray:
