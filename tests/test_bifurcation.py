@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from known_maps import WIDTH, Duffing, NormalForm, fit_of
+from known_maps import WIDTH, Duffing, Known, NormalForm, fit_of
 
 import pyro_metassm as pm
 from pyro_metassm.analysis._matching import assigned
@@ -96,6 +96,31 @@ def test_a_draw_is_joined_to_the_branches_that_are_there_first():
         -1,
     ]
     assert _joined(known[:0], there[:0], np.zeros((2, 2)), 0.3).tolist() == [-1, -1]
+
+
+class Hysteresis(Known):
+    """``x' = mu + x - x^3``: three fixed points for ``|mu| < 2 / sqrt(27)``, one beyond; folds at both ends."""
+
+    @staticmethod
+    def step(z, e):
+        x = z[..., 0]
+        return torch.stack([x + 0.2 * (e[0] + x - x**3), 0.5 * z[..., 1]], -1)
+
+
+def test_folds_are_where_branches_meet():
+    fit = fit_of(Hysteresis, {"a": (-0.8,), "b": (0.8,)}, sd=0.02)
+    found = pm.analysis.bifurcation(fit, ["a", "b"], num_points=21, num_draws=6, with_cycles=False)
+    at = 2 / np.sqrt(27)
+    assert found.sizes["fold"] == 2 and found.sizes["branch"] == 3
+    # mu along each draw's own path; the fold is known to half a step, and lies at x = -+ 1 / sqrt(3).
+    for draw in range(6):
+        mu = found["embedding"].values[draw, :, 0]
+        expected = np.interp([-at, at], mu, found["s"].values)
+        assert found["fold"].values[draw] == pytest.approx(expected, abs=0.025 + 1e-9)
+    assert found["fold_position"].values[..., 0].mean(0) == pytest.approx([3**-0.5, -(3**-0.5)], abs=0.1)
+    assert set(np.unique(found["count"].values)) == {1, 3}
+    hopf = fit_of(NormalForm, {"a": (-0.35, 3.0), "b": (0.65, 3.0)}, sd=0.02)
+    assert not pm.analysis.bifurcation(hopf, ["a", "b"], num_points=4, num_draws=2).sizes["fold"]
 
 
 def test_a_path_through_zero_along_a_principal_axis():

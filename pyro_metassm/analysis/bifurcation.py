@@ -12,6 +12,7 @@ from torch import Tensor
 
 from pyro_metassm import _checks as checks
 from pyro_metassm.analysis import _matching as matching
+from pyro_metassm.analysis._folds import folds
 from pyro_metassm.analysis._maps import Place, Source, to_numpy
 from pyro_metassm.analysis._region import Region, visited
 from pyro_metassm.analysis.fixed_points import find as find_points
@@ -64,10 +65,11 @@ def bifurcation(
         (latent_dim)``, ``growth_rate`` and ``frequency (eigenvalue)`` by falling growth, ``num_unstable``,
         ``stable``, as of :func:`fixed_points`; ``crossing (draw, branch, crossing)``, the ``s`` where the number of
         unstable eigenvalues of a branch changes, linear between points, and ``crossing_frequency`` (Hz), which is 0
-        unless it is a Hopf bifurcation; ``count (draw, point)`` of all fixed points, those on no branch, too; over
-        ``cycle``: ``period`` (s), ``radius``, the extrema ``low`` and ``high (latent_dim)``, ``cycle_growth_rate``
-        (1/s, of the slowest multiplier), ``cycle_stable``; ``embedding (draw, point, embedding_dim)``. NaN (-1, False)
-        where there is none.
+        unless it is a Hopf bifurcation; ``fold (draw, fold)``, the ``s`` where two branches meet and end or begin, a
+        saddle-node bifurcation, to half a step of the path, and ``fold_position (latent_dim)``; ``count (draw,
+        point)`` of all fixed points, those on no branch, too; over ``cycle``: ``period`` (s), ``radius``, the extrema
+        ``low`` and ``high (latent_dim)``, ``cycle_growth_rate`` (1/s, of the slowest multiplier), ``cycle_stable``;
+        ``embedding (draw, point, embedding_dim)``. NaN (-1, False) where there is none.
 
     Raises:
         ValueError: fewer than two waypoints, a principal axis that there is not, and as :func:`flow_field`.
@@ -181,6 +183,7 @@ def _fixed_points(
     growth, frequency = rates(eigenvalues, source.bin_width)
     unstable = np.where(there, (np.abs(eigenvalues) > 1).sum(-1), -1)
     crossing, turning = _crossings(s, growth, np.abs(frequency), unstable)
+    fold, fold_position = folds(s, position, unstable, count)
     each = ("draw", "point", "branch")
     return xr.Dataset(
         {
@@ -199,6 +202,8 @@ def _fixed_points(
             "stable": (each, unstable == 0),
             "crossing": (("draw", "branch", "crossing"), crossing),
             "crossing_frequency": (("draw", "branch", "crossing"), turning, {"units": "Hz"}),
+            "fold": (("draw", "fold"), fold),
+            "fold_position": (("draw", "fold", "latent_dim"), fold_position),
             "count": (("draw", "point"), count),
         }
     )

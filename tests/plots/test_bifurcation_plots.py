@@ -64,6 +64,21 @@ def test_the_latent_that_varies_most_is_drawn():
     assert plots.bifurcation(found.isel(branch=[], cycle=[])).get_ylabel() == "latent 1"
 
 
+def test_a_fold_is_marked_where_half_of_the_draws_have_it():
+    found = diagram()
+    s = np.where(np.arange(11) < 8, 0.3, np.nan)[:, None] + [0.0, 0.4]
+    s[5:, 1] = np.nan
+    found["fold"] = (("draw", "fold"), s)
+    found["fold_position"] = (
+        ("draw", "fold", "latent_dim"),
+        np.where(np.isnan(s), np.nan, 1.5)[..., None] * [1, 2],
+    )
+    ax = plots.bifurcation(found, latent=1, against=10 * np.linspace(0, 1, 5))
+    (fold,) = (bar for bar in ax.containers if bar.lines[0].get_marker() == "s")
+    np.testing.assert_allclose(fold.lines[0].get_xydata()[0], [3.0, 3.0])
+    assert legend(ax)[-1] == "fold" and "fold" not in legend(plots.bifurcation(diagram()))
+
+
 def test_a_diagram_against_a_parameter():
     mu = 3 - 2 * np.linspace(0, 1, 5)  # falling
     ax = plots.bifurcation(diagram(), latent=0, against=mu, label="mu")
