@@ -1,10 +1,11 @@
 """Fixed points, stability and periods of fits of the bifurcation study, beside the analytic truth.
 
-    python tests/benchmarks/map_of_dynamics.py FIT [FIT ...] [--seeds 0 1 2] [--revise] [--held-out 16] [--trials 40]
-        [--json FILE]
+    python tests/benchmarks/map_of_dynamics.py FIT [FIT ...] [--seeds 0 1 2] [--revise] [--held-out 16]
+        [--held-out-seed 1000] [--trials 40] [--json FILE]
 
 ``FIT`` are folders that ``Fit.save`` wrote, of fits to ``Bifurcations().training(seed)`` with these seeds;
-``--held-out N`` also adapts each to the study's unseen recordings with N trials. Learned positions are mapped to the
+``--held-out N`` also adapts each to the study's unseen recordings with N trials, and then revises it with these and the
+known ones together. Learned positions are mapped to the
 truth's coordinates by :func:`pyro_metassm.plots.align` on test trials. A fixed point is found if one lies within 15 %
 of the range of the true latents. Where the truth itself is marginal (a = 0, b = 0, mu = 0: a rate of 0) stability is
 not counted. Bands are the fit's own, from 100 draws; with ``--revise`` those of :func:`pyro_metassm.revise`. With
@@ -156,13 +157,18 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--revise", action="store_true")
     parser.add_argument("--held-out", type=int, default=0)
+    parser.add_argument("--held-out-seed", type=int, default=Bifurcations.held_out_seed)
     parser.add_argument("--trials", type=int, default=Bifurcations.num_train)
     parser.add_argument("--json")
     options = parser.parse_args(arguments)
     result = []
     for path, seed in zip(options.fits, options.seeds, strict=True):
         fit = pm.load(path)
-        family = Bifurcations(num_train=options.trials, num_test=min(Bifurcations.num_test, options.trials))
+        family = Bifurcations(
+            num_train=options.trials,
+            num_test=min(Bifurcations.num_test, options.trials),
+            held_out_seed=options.held_out_seed,
+        )
         train, test = family.training(seed)
         cases = [("known", fit, train, test)]
         if options.held_out:
@@ -172,7 +178,8 @@ def main(arguments: list[str] | None = None) -> None:
         for which, of, seen, unseen in cases:
             seconds = {}
             if options.revise:
-                of, seconds["revise"] = _timed(pm.revise, of, seen)
+                together = train if seen is train else pm.Recordings([*train.values(), *seen.values()])
+                of, seconds["revise"] = _timed(pm.revise, of, together)
             rows = [measure(of, seen, unseen, name, seed) for name in seen.names]
             _, seconds[f"fixed points, {len(seen)} x {DRAWS}"] = _timed(
                 analysis.fixed_points, of, list(seen.names), num_draws=DRAWS
