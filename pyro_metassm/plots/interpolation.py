@@ -38,9 +38,9 @@ def interpolation_grid(
     Args:
         found: of :func:`pyro_metassm.analysis.interpolate`.
         ax: where to draw: as many axes as the grid has, row by row from above.
-        of: "latents" (the paths of the draws thin in the plane of two, their median at every bin bold, a dot at the
-            beginning), "rates" of some neurons over time or what was "decoded" over time (medians, and bands from 5 to
-            95 %). Medians, since where a few draws explode there is no mean.
+        of: "latents" (the paths of the draws thin in the plane of two, bold the one nearest to their median, a dot at
+            the beginning), "rates" of some neurons over time or what was "decoded" over time (medians, and bands from 5
+            to 95 %). Where a few draws explode there is no mean.
         plane: the two latents.
         which: neurons or outputs, by their position; default the three that vary most over all panels.
         label: of y for rates and what was decoded, with its units.
@@ -84,7 +84,7 @@ def interpolation_grid(
 def _in_a_plane(panels: np.ndarray, found: xr.Dataset, plane: tuple[int, int]) -> None:
     where = given.Plane.of("interpolation_grid", found.sizes["latent_dim"], plane)
     paths = where(found["latents"].transpose("row", "column", "draw", "time", "latent_dim").values)
-    middle = np.median(paths, 2)
+    middle = _central(paths)
     limits = _bulk(middle)
     for place in np.ndindex(panels.shape):
         ax: Any = panels[place]
@@ -95,6 +95,13 @@ def _in_a_plane(panels: np.ndarray, found: xr.Dataset, plane: tuple[int, int]) -
         ax.set_xlim(*limits[0])
         ax.set_ylim(*limits[1])
     _label_outer(panels, *where.labels)
+
+
+def _central(paths: np.ndarray) -> np.ndarray:
+    """Of paths ``(row, column, draw, time, 2)`` those nearest to the median, on the mean over time."""
+    away = np.linalg.norm(paths - np.median(paths, 2, keepdims=True), axis=-1).mean(-1)
+    nearest = np.nan_to_num(away, nan=np.inf).argmin(-1)[..., None, None, None]
+    return np.take_along_axis(paths, nearest, 2)[:, :, 0]
 
 
 def _over_time(
