@@ -10,6 +10,7 @@ from typing import Any, Literal
 import numpy as np
 import xarray as xr
 
+from pyro_metassm._resting import fixed_points as fixed_points
 from pyro_metassm._selecting import generator_of
 from pyro_metassm.integrating import Flow, Step, euler, integrate, runge_kutta
 from pyro_metassm.recordings import Recording, Recordings

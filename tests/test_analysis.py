@@ -172,19 +172,35 @@ def test_bad_input_is_named():
             (np.array([0.0, np.nan]), "needed finite embeddings"),
             ([], "needed a recording's name"),
             (None, "got None"),
+            (np.zeros(2) + 1j, "needed a recording's name"),
         ):
             with pytest.raises(ValueError, match=message):
                 call(fit, at)
         with pytest.raises(ValueError, match="num_draws: needed an integer of at least 0"):
             call(fit, "x", num_draws=-1)
+        with pytest.raises(ValueError, match="seed: needed an integer of at least 0"):
+            call(fit, "x", seed=-1)
+        with pytest.raises(ValueError, match=r"needed recs as pm.Recordings\(\[...\]\), got list"):
+            call(fit, "x", recs=[])
     for plane in ((0, 2), (0, 0), (0,), (0, 1.0), "xy"):
         with pytest.raises(ValueError, match=r"needed (a plane of two of the 2|two different) latents"):
             pm.analysis.flow_field(fit, "x", plane=plane)
-    for grid in ((np.arange(3.0),), (np.arange(3.0), np.zeros(3)), "fine", np.zeros((3, 3, 2))):
+    beyond = np.array([0.0, np.inf])
+    for grid in (
+        (np.arange(3.0),), (np.arange(3.0), np.zeros(3)), (np.arange(3.0), beyond), "fine", np.zeros((3, 3, 2))
+    ):  # fmt: skip
         with pytest.raises(ValueError, match="needed a grid as a number of points"):
             pm.analysis.flow_field(fit, "x", grid=grid)
     with pytest.raises(ValueError, match="grid: needed an integer of at least 2"):
         pm.analysis.flow_field(fit, "x", grid=1)
+    for call in (
+        pm.analysis.embedding_map,
+        pm.analysis.state_divergence,
+        pm.analysis.power_spectra,
+        pm.analysis.variance_explained,
+    ):
+        with pytest.raises(ValueError, match="needed recs as"):
+            call(fit, "x")
     fit.attrs.clear()
     with pytest.raises(ValueError, match="needed the bin width"):
         pm.analysis.flow_field(fit, "x")

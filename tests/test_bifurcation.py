@@ -2,9 +2,12 @@
 
 import numpy as np
 import pytest
-from known_maps import WIDTH, Duffing, NormalForm, fit_of
+import torch
+from known_maps import WIDTH, Duffing, Known, NormalForm, fit_of
 
 import pyro_metassm as pm
+from pyro_metassm.analysis._matching import assigned
+from pyro_metassm.analysis.bifurcation import _joined, _linked
 
 
 def test_a_hopf_bifurcation_is_where_it_is():
@@ -67,6 +70,59 @@ def test_a_pitchfork_has_three_branches():
     assert "period" not in found
 
 
+@pytest.mark.parametrize("path, same", [(lambda t: t, 0), (lambda t: np.sqrt(t), 0), (np.round, -1)])
+def test_a_branch_that_moves_far_in_a_step_is_followed_through_smaller_ones(path, same):
+    """From 0 to 1 with 0.3 as the farthest: but for one that jumps."""
+    ends = torch.zeros(1), torch.ones(1)
+    place = lambda t: np.array([[path(float(t)), 0.0]])
+    looked = []
+
+    def between(first, last, near):
+        looked.append(float(first + last) / 2)
+        return place(looked[-1])
+
+    assert assigned(place(0.0), place(1.0), 0.3).tolist() == [-1]
+    assert _linked(place(0.0), place(1.0), 0.3, *ends, between).tolist() == [same]
+    assert len(looked) == len(set(looked)) and max(looked) < 1
+
+
+def test_a_draw_is_joined_to_the_branches_that_are_there_first():
+    known, there = np.array([[0.0, 0.0], [0.1, 0.0], [1.0, 0.0]]), np.array([True, False, True])
+    # 0.1 is nearer to the branch that is elsewhere on the path; a second point near it is left for that.
+    assert _joined(known, there, np.array([[0.1, 0.0]]), 0.3).tolist() == [0]
+    assert _joined(known, there, np.array([[0.11, 0.0], [-0.05, 0.0], [3.0, 0.0]]), 0.3).tolist() == [
+        1,
+        0,
+        -1,
+    ]
+    assert _joined(known[:0], there[:0], np.zeros((2, 2)), 0.3).tolist() == [-1, -1]
+
+
+class Hysteresis(Known):
+    """``x' = mu + x - x^3``: three fixed points for ``|mu| < 2 / sqrt(27)``, one beyond; folds at both ends."""
+
+    @staticmethod
+    def step(z, e):
+        x = z[..., 0]
+        return torch.stack([x + 0.2 * (e[0] + x - x**3), 0.5 * z[..., 1]], -1)
+
+
+def test_folds_are_where_branches_meet():
+    fit = fit_of(Hysteresis, {"a": (-0.8,), "b": (0.8,)}, sd=0.02)
+    found = pm.analysis.bifurcation(fit, ["a", "b"], num_points=21, num_draws=6, with_cycles=False)
+    at = 2 / np.sqrt(27)
+    assert found.sizes["fold"] == 2 and found.sizes["branch"] == 3
+    # mu along each draw's own path; the fold is known to half a step, and lies at x = -+ 1 / sqrt(3).
+    for draw in range(6):
+        mu = found["embedding"].values[draw, :, 0]
+        expected = np.interp([-at, at], mu, found["s"].values)
+        assert found["fold"].values[draw] == pytest.approx(expected, abs=0.025 + 1e-9)
+    assert found["fold_position"].values[..., 0].mean(0) == pytest.approx([3**-0.5, -(3**-0.5)], abs=0.1)
+    assert set(np.unique(found["count"].values)) == {1, 3}
+    hopf = fit_of(NormalForm, {"a": (-0.35, 3.0), "b": (0.65, 3.0)}, sd=0.02)
+    assert not pm.analysis.bifurcation(hopf, ["a", "b"], num_points=4, num_draws=2).sizes["fold"]
+
+
 def test_a_path_through_zero_along_a_principal_axis():
     names = {f"r{k}": (0.3 * k, 2.0 + 0.05 * (k % 2)) for k in range(-2, 3)}
     fit = fit_of(NormalForm, names)
@@ -92,4 +148,6 @@ def test_paths_that_are_none():
         pm.analysis.bifurcation(fit, ["a", "a"])
     with pytest.raises(ValueError, match="got 'c'"):
         pm.analysis.bifurcation(fit, ["a", "c"])
+    with pytest.raises(ValueError, match="one recording or embedding at every waypoint, got several"):
+        pm.analysis.bifurcation(fit, ["a", np.zeros((3, 2, 2))])
     assert WIDTH == 0.05

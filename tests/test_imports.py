@@ -12,7 +12,7 @@ ROOT = Path(__file__).resolve().parents[1]
 LAYERS: tuple[set[str], ...] = (
     {
         "_attributes", "_batch", "_budget", "_checks", "_dataset", "_findings", "_interrupts", "_machine", "_recording",
-        "_selecting", "_smoothing", "_summary",
+        "_resting", "_selecting", "_smoothing", "_summary",
         "adaptations", "blocks", "capture", "describing", "dims", "distributions", "dynamics", "global_sites", "hooks",
         "integrating", "io", "likelihoods", "native", "neurons", "observations", "products", "rebuilding", "recordings",
         "simulate", "sites", "specification", "transitions", "writing",

@@ -1,10 +1,12 @@
 """Maps of the recordings, trajectories on grids, exponents, spectra and divergences, beside what is known of them."""
 
 import numpy as np
+import pyro.distributions as dist
 import pytest
 import torch
 from fits import QUICK, parts
 from known_maps import WIDTH, Duffing, Henon, Linear, NormalForm, fit_of
+from pyro.nn import PyroSample
 from scipy.signal import periodogram
 
 import pyro_metassm as pm
@@ -121,6 +123,7 @@ def test_grids_that_are_none():
         ({"recording": "c"}, "got 'c'"),
         ({"decoder": lambda y: y[0]}, "needed a decoder from"),
         ({"num_bins": 0}, "num_bins"),
+        *(({"spacing": value}, "needed a spacing above 0") for value in (0, -1.0, np.nan, "far")),
     ):
         with pytest.raises(ValueError, match=message):
             pm.analysis.interpolate(fit, "a", num_draws=2, **options)
@@ -218,24 +221,55 @@ def test_real_activity_beside_a_fits(fitted):
 
 def test_shares_of_variance_are_those_of_the_predictor(fitted):
     fit, recs = fitted
-    found = pm.analysis.variance_explained(fit, recs)
-    assert found["share"].dims == ("recording", "component")
-    assert found["cumulative"].values[:, -1] == pytest.approx(1.0)
+    found = pm.analysis.variance_explained(fit, recs, num_draws=2)
+    of_means = pm.analysis.variance_explained(fit, recs, num_draws=0).isel(draw=0)
+    assert found["share"].dims == ("recording", "draw", "component")
+    assert found["cumulative"].values[..., -1] == pytest.approx(1.0)
     for name in recs:
-        z = np.concatenate(activity.trial_latents(fit, recs, name, 0))
         weight = fit.model.read_out.weight[fit.model.neurons.slice(name)].detach().numpy()
-        x = (z - z.mean(0)) @ weight.T
-        variance = np.square(np.linalg.svd(x, compute_uv=False))[:2]
-        one = found.sel(recording=name)
-        assert one["share"].values == pytest.approx(variance / variance.sum(), abs=1e-5)
-        assert one["participation"].item() == pytest.approx(
-            variance.sum() ** 2 / np.square(variance).sum(), rel=1e-4
-        )
-        held = z.copy()
-        held[:, 0] = held[:, 0].mean()
-        left = np.var(held @ weight.T, axis=0).sum() / np.var(z @ weight.T, axis=0).sum()
-        assert one["of_latent"].values[0] == pytest.approx(1 - left, abs=1e-5)
-        component = (one["direction"].values[0] @ weight.T) / np.linalg.norm(
-            one["direction"].values[0] @ weight.T
-        )
-        assert np.var(x @ component) == pytest.approx(variance[0] / len(x), rel=1e-4)
+        means = np.concatenate(activity.trial_latents(fit, recs, name, 0))
+        draws = pm.posterior(fit, recs, num_samples=2)[name]["posterior"]["latents"].isel(chain=0)
+        draws = draws.transpose("draw", "trial", "time", "latent_dim").values.reshape(2, -1, 2)
+        # float32 draws, and the sums of them that float32 made
+        for z, one in ((means, of_means), *((z, found.isel(draw=k)) for k, z in enumerate(draws))):
+            one = one.sel(recording=name)
+            x = (z - z.mean(0)) @ weight.T
+            variance = np.square(np.linalg.svd(x, compute_uv=False))[:2]
+            assert one["share"].values == pytest.approx(variance / variance.sum(), abs=1e-5)
+            assert one["participation"].item() == pytest.approx(
+                variance.sum() ** 2 / np.square(variance).sum(), rel=1e-4
+            )
+            held = z.copy()
+            held[:, 0] = held[:, 0].mean()
+            left = np.var(held @ weight.T, axis=0).sum() / np.var(z @ weight.T, axis=0).sum()
+            assert one["of_latent"].values[0] == pytest.approx(1 - left, abs=1e-5)
+            component = (one["direction"].values[0] @ weight.T) / np.linalg.norm(
+                one["direction"].values[0] @ weight.T
+            )
+            assert np.var(x @ component) == pytest.approx(variance[0] / len(x), rel=1e-4)
+
+
+class BayesianReadOut(pm.models.MetaSSM):
+    def __init__(self, recs, **sizes):
+        super().__init__(recs, **sizes)
+        shape = self.read_out.weight.shape
+        self.read_out.weight = PyroSample(dist.Normal(0.0, 1.0).expand(shape).to_event(2))
+        self.dims["read_out.weight"] = ("neuron_of_all", "latent_dim")
+
+
+def test_a_read_out_with_a_prior_gives_each_draw_its_own_shares():
+    recs = pm.simulate.limit_cycles([3.0, 4.0], num_trials=4, num_steps=16)
+    model = BayesianReadOut(recs, latent_dim=2, embedding_dim=1, hidden_dim=8)
+    fit = pm.fit(model, pm.guides.DKF(model, hidden_dim=6), recs, **QUICK)
+    found = pm.analysis.variance_explained(fit, recs, num_draws=3)
+    tree = pm.posterior(fit, recs, num_samples=3)
+    weights = tree["posterior"]["read_out.weight"].values[0]
+    assert np.ptp(weights, axis=0).min() > 0
+    for name in recs:
+        own = weights[:, fit.model.neurons.slice(name)]
+        latents = tree[name]["posterior"]["latents"].isel(chain=0)
+        draws = latents.transpose("draw", "trial", "time", "latent_dim").values.reshape(3, -1, 2)
+        for k, (z, weight) in enumerate(zip(draws, own, strict=True)):
+            variance = np.square(np.linalg.svd((z - z.mean(0)) @ weight.T, compute_uv=False))[:2]
+            share = found["share"].sel(recording=name).values[k]
+            assert share == pytest.approx(variance / variance.sum(), abs=1e-5)

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import xarray as xr
 from scipy.integrate import solve_ivp
+from scipy.optimize import root
 
 from pyro_metassm import simulate
 
@@ -238,8 +239,42 @@ def test_truth_goes_with_a_split_and_names_its_dims():
 
 
 @pytest.mark.parametrize(
+    "attrs",
+    [
+        {"system": "limit cycle", "velocity": 2.5, "radius_squared": 2.0},
+        {"system": "duffing", "a": -0.4, "b": -0.9, "c": 0.1},
+        {"system": "duffing", "a": 0.2, "b": 0.9, "c": -0.1},
+        {"system": "duffing", "a": -0.4, "b": 0.5, "c": 0.1},
+        {"system": "duffing", "a": -1.0, "b": 0.0, "c": 0.1},
+        {"system": "hopf", "mu": -0.7},
+        {"system": "hopf", "mu": 0.5},
+    ],
+)
+def test_fixed_points_are_where_the_flow_is_zero(attrs):
+    """As a root finder has them from many starts, with a Jacobian of central differences."""
+    truth = xr.Dataset(attrs=attrs)
+    found, flow = simulate.fixed_points(truth), simulate.flow(truth)
+    starts = np.stack(np.meshgrid(np.linspace(-4, 4, 9), np.linspace(-3, 3, 7)), -1).reshape(-1, 2)
+    ends = [root(flow, start, tol=1e-12) for start in starts]
+    # The root of b = 0 is threefold: |z|^3 is below the tolerance from some 1e-3 on.
+    apart = 1e-2 if attrs.get("b") == 0 else 1e-6
+    roots = np.array([end.x for end in ends if end.success])
+    distance = np.abs(roots[:, None] - found["position"].values).max(-1)
+    assert distance.min(1).max() < apart and (distance.min(0) < apart).all()
+    for position, rates, turns, stable in zip(
+        *(found[key].values for key in ("position", "growth_rate", "frequency", "stable")), strict=True
+    ):
+        steps = 1e-5 * np.eye(2)
+        jacobian = (flow(position + steps) - flow(position - steps)).T / 2e-5
+        values = np.sort_complex(np.linalg.eigvals(jacobian))
+        assert np.sort_complex(rates + 2j * np.pi * turns) == pytest.approx(values, abs=1e-8)
+        assert stable == (rates.max() < 0) and rates[0] >= rates[1]
+
+
+@pytest.mark.parametrize(
     ("call", "message"),
     [
+        (lambda: simulate.fixed_points(xr.Dataset()), r"fixed_points: needed the attrs `system`"),
         (lambda: simulate.limit_cycles([]), "at least one system"),
         (lambda: simulate.limit_cycles([np.nan]), "finite parameters"),
         (

@@ -19,6 +19,7 @@ from pyro_metassm import _machine as machine
 from pyro_metassm.draws import global_draws, seeded
 from pyro_metassm.dynamics import AdaptedMLP
 from pyro_metassm.models.meta_ssm import MetaSSM
+from pyro_metassm.recordings import Recordings
 from pyro_metassm.result import Fit, check_fit
 
 BOUND = 1e6  # of the absolute values of states: what leaves it has left for good
@@ -146,7 +147,7 @@ class Source:
 
     def __init__(self, caller: str, fit: Fit, at: At, num_draws: int = 100, seed: int = 0):
         check_fit(fit)
-        checks.integers(least=0, num_draws=num_draws)
+        checks.integers(least=0, num_draws=num_draws, seed=seed)
         self.caller, self.fit, self.seed = caller, fit, seed
         self.model = _autonomous(caller, fit)
         self.dim, self.places = self._places(at, num_draws)
@@ -212,7 +213,7 @@ class Source:
             at = at.stack(sample=("chain", "draw")).transpose(..., "sample", "embedding_dim")
         try:
             value = checks.as_numpy(at)
-            value = value.astype(np.float64)
+            value = value.astype(np.float64) if value.dtype.kind != "c" else np.zeros(())
         except (TypeError, ValueError):
             value = np.zeros(())
         size = self.model.embedding_dim
@@ -263,6 +264,12 @@ class Source:
                 f"{self.caller}: needed a transition with a mean, the deterministic part of the dynamics, got "
                 f"{reason} from {type(self.model).__name__}.transition"
             )
+
+
+def check_recordings(caller: str, recs: Any) -> None:
+    """Raise ``ValueError`` unless ``recs`` are recordings."""
+    if not isinstance(recs, Recordings):
+        raise ValueError(f"{caller}: needed recs as pm.Recordings([...]), got {type(recs).__name__}")
 
 
 def row_of(caller: str, fit: Fit, name: str) -> int:

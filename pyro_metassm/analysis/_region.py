@@ -5,11 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 
 from pyro_metassm import _checks as checks
 from pyro_metassm import _machine as machine
-from pyro_metassm.analysis._maps import Place, Source, to_numpy
+from pyro_metassm.analysis._maps import Place, Source, check_recordings, to_numpy
 from pyro_metassm.draws import posterior_chunks, seeded
 from pyro_metassm.recordings import Recordings
 from pyro_metassm.result import Fit
@@ -89,6 +88,7 @@ def visited(source: Source, place: Place, recs: Recordings | None) -> Region:
     Else of the model's own paths from its initial state, with process noise, at the middle of the embedding's draws.
     """
     if recs is not None:
+        check_recordings(source.caller, recs)
         names = [str(place.label)] if place.row is not None else list(recs)
         known = [name for name in names if name in recs]
         if not known:
@@ -123,15 +123,20 @@ def mean_latents(fit: Fit, recs: Recordings, name: str, seed: int = 0) -> np.nda
     return np.concatenate(trial_latents(fit, recs, name, seed))
 
 
-@machine.alone()
 def trial_latents(fit: Fit, recs: Recordings, name: str, seed: int = 0) -> list[np.ndarray]:
     """Posterior mean latents of up to 64 trials, each ``(bins of the trial, latent_dim)``."""
+    return [draws.mean(0) for draws in trial_draws(fit, recs, name, SAMPLES, seed)]
+
+
+@machine.alone()
+def trial_draws(fit: Fit, recs: Recordings, name: str, num_draws: int, seed: int = 0) -> list[np.ndarray]:
+    """Posterior draws of the latents of up to 64 trials, each ``(draw, bins of the trial, latent_dim)``."""
     some = recs.select([name])
     some = some.take_trials(TRIALS) if recs[name].num_trials > TRIALS else some
-    total: dict[int, torch.Tensor] = {}
-    for chunk in posterior_chunks(fit, some, name, SAMPLES, seed):
-        sums = chunk.latents[:, 0].double().sum(0)
+    found: dict[int, list[np.ndarray]] = {}
+    for chunk in posterior_chunks(fit, some, name, num_draws, seed):
+        draws = to_numpy(chunk.latents[:, 0].double())
+        there = to_numpy(chunk.batch.time_mask[0])
         for row, trial in enumerate(chunk.trials.tolist()):
-            there = sums[row][chunk.batch.time_mask[0, row]] / SAMPLES
-            total[trial] = total[trial] + there if trial in total else there
-    return [to_numpy(values) for values in total.values()]
+            found.setdefault(trial, []).append(draws[:, row, there[row]])
+    return [np.concatenate(parts) for parts in found.values()]

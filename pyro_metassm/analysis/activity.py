@@ -6,8 +6,8 @@ import numpy as np
 import torch
 import xarray as xr
 
-from pyro_metassm.analysis._maps import Source, to_numpy
-from pyro_metassm.analysis._region import trial_latents
+from pyro_metassm.analysis._maps import Place, Source, check_recordings, to_numpy
+from pyro_metassm.analysis._region import trial_draws, trial_latents
 from pyro_metassm.draws import seeded
 from pyro_metassm.recordings import Recordings
 from pyro_metassm.result import Fit
@@ -53,6 +53,7 @@ def state_divergence(
     """
     if not (isinstance(width, int | float) and np.isfinite(width) and width > 0):
         raise ValueError(f"state_divergence: needed a width above 0, got {width!r}")
+    check_recordings("state_divergence", recs)
     source = Source("state_divergence", fit, list(recs), num_draws, seed)
     parts = []
     for place in source.places:
@@ -101,6 +102,7 @@ def power_spectra(fit: Fit, recs: Recordings, *, num_draws: int = 20, seed: int 
         >>> pm.analysis.power_spectra(fit, recs, num_draws=2)["real"].dims
         ('recording', 'frequency', 'component')
     """
+    check_recordings("power_spectra", recs)
     source = Source("power_spectra", fit, list(recs), num_draws, seed)
     length = min(int(r.lengths.min()) for r in recs.values())
     if length < 8:
@@ -129,23 +131,24 @@ def power_spectra(fit: Fit, recs: Recordings, *, num_draws: int = 20, seed: int 
     return source.stacked(parts)
 
 
-def variance_explained(fit: Fit, recs: Recordings, *, seed: int = 0) -> xr.Dataset:
+def variance_explained(fit: Fit, recs: Recordings, *, num_draws: int = 20, seed: int = 0) -> xr.Dataset:
     r"""How much of the read-out's variance each latent direction of a recording carries.
 
-    The predictor ``C z + d`` over the posterior mean latents has the covariance ``C Cov(z) C^T``, whose eigenvalues,
-    falling, are the variances of the components: as many as there are latents, each a direction of the latents of its
-    own.
+    The predictor ``C z + d`` over a draw of the latents of all trials has the covariance ``C Cov(z) C^T``, whose
+    eigenvalues, falling, are the variances of the components: as many as there are latents, each a direction of the
+    latents of its own.
 
     Args:
         fit: a fit that knows the recordings.
         recs: trials of them.
-        seed: of the draws behind the posterior means.
+        num_draws: of the latents (and of global sites, such as a read-out with a prior); 0 for the posterior means.
+        seed: of the draws.
 
     Returns:
-        over ``recording`` and ``component``: ``share`` of the predictor's variance, ``cumulative``, ``direction
-        (latent_dim)``: the latents that go into it, per standard deviation of the component; ``of_latent (recording,
-        latent_dim)``: the share that is left out without this latent, which need not sum to 1; ``participation
-        (recording)``: the effective number of components, ``(sum v)^2 / sum v^2``. A dimension ``draw`` of 1.
+        over ``recording``, ``draw`` and ``component``: ``share`` of the predictor's variance, ``cumulative``,
+        ``direction (latent_dim)``: the latents that go into it, per standard deviation of the component; ``of_latent
+        (recording, draw, latent_dim)``: the share that is left out without this latent, which need not sum to 1;
+        ``participation (recording, draw)``: the effective number of components, ``(sum v)^2 / sum v^2``.
 
     Raises:
         ValueError: a recording that the fit does not know.
@@ -155,48 +158,57 @@ def variance_explained(fit: Fit, recs: Recordings, *, seed: int = 0) -> xr.Datas
         >>> recs = pm.simulate.limit_cycles([2.5, 5.0], num_trials=8, num_steps=20)
         >>> model = pm.models.MetaSSM(recs, latent_dim=2, embedding_dim=1)
         >>> fit = pm.fit(model, pm.guides.DKF(model), recs, num_steps=5, warm_start_steps=5, progress=False)
-        >>> found = pm.analysis.variance_explained(fit, recs)
-        >>> found["cumulative"][:, -1].values.round(6).tolist()
-        [1.0, 1.0]
+        >>> found = pm.analysis.variance_explained(fit, recs, num_draws=4)
+        >>> dict(found["cumulative"].sizes)
+        {'recording': 2, 'draw': 4, 'component': 2}
     """
+    check_recordings("variance_explained", recs)
     names = list(recs)
-    source = Source("variance_explained", fit, names, 0, seed)
+    source = Source("variance_explained", fit, names, num_draws, seed)
     parts = []
     for name, place in zip(names, source.places, strict=True):
-        z = np.concatenate(trial_latents(fit, recs, name, seed))
-        rows = torch.tensor([place.row], device=fit.device)
-        number = source.model.neurons.num_neurons[place.row or 0]
-        eye = torch.eye(source.latent_dim, dtype=torch.float64, device=fit.device)
-        with torch.no_grad(), source.model.given(source.of_mean):
-            read = lambda x: to_numpy(source.model.read_out(x[None, None], rows, number))[0, 0]  # noqa: B023
-            weight = read(eye) - read(torch.zeros_like(eye))  # (latent_dim, neuron): affine in the latents
-        covariance = np.atleast_2d(np.cov(z.T, bias=True))
-        root = np.linalg.cholesky(covariance + 1e-12 * np.trace(covariance) * np.eye(len(covariance)))
-        left, value, _ = np.linalg.svd(root.T @ weight, full_matrices=False)
-        variance = np.zeros(source.latent_dim)
-        variance[: len(value)] = value**2
-        direction = np.full((source.latent_dim,) * 2, np.nan)
-        direction[: left.shape[1]] = (root @ left).T
-        total = max(variance.sum(), 1e-300)
-        without = [
-            1 - np.trace(_without(covariance, k) @ weight @ weight.T) / total
-            for k in range(source.latent_dim)
-        ]
-        parts.append(
-            xr.Dataset(
-                {
-                    "share": (("draw", "component"), variance[None] / total),
-                    "cumulative": (("draw", "component"), variance.cumsum()[None] / total),
-                    "direction": (("draw", "component", "latent_dim"), direction[None]),
-                    "of_latent": (("draw", "latent_dim"), np.array(without)[None]),
-                    "participation": (
-                        ("draw",),
-                        [variance.sum() ** 2 / max(np.square(variance).sum(), 1e-300)],
-                    ),
-                }
-            )
-        )
-    return source.stacked(parts).isel(draw=0, drop=True)  # of posterior means: there are no draws
+        if num_draws:
+            draws = np.concatenate(trial_draws(fit, recs, name, num_draws, seed), 1)
+        else:
+            draws = np.concatenate(trial_latents(fit, recs, name, seed))[None]
+        weights = _weights(source, place, len(draws))
+        found = [_components(z, weight) for z, weight in zip(draws, weights, strict=True)]
+        parts.append(xr.concat(found, "draw"))
+    return source.stacked(parts)
+
+
+def _weights(source: Source, place: Place, number: int) -> np.ndarray:
+    """The read-out of a recording for every draw, ``(draw, latent_dim, neuron)``: it is affine in the latents."""
+    rows = torch.tensor([place.row], device=source.fit.device)
+    neurons = source.model.neurons.num_neurons[place.row or 0]
+    eye = torch.eye(source.latent_dim, dtype=torch.float64, device=source.fit.device)
+    eye = eye.expand(number, 1, 1, -1, -1)
+    with torch.no_grad(), source.model.given(source.of_draws):
+        read = lambda x: to_numpy(source.model.read_out(x, rows, neurons))[:, 0, 0]
+        return read(eye) - read(torch.zeros_like(eye))
+
+
+def _components(z: np.ndarray, weight: np.ndarray) -> xr.Dataset:
+    """What a draw's states ``(bins, latent_dim)`` carry through a read-out ``(latent_dim, neuron)``."""
+    size = z.shape[1]
+    covariance = np.atleast_2d(np.cov(z.T, bias=True))
+    root = np.linalg.cholesky(covariance + 1e-12 * max(np.trace(covariance), 1e-300) * np.eye(size))
+    left, value, _ = np.linalg.svd(root.T @ weight, full_matrices=False)
+    variance = np.zeros(size)
+    variance[: len(value)] = value**2
+    direction = np.full((size, size), np.nan)
+    direction[: left.shape[1]] = (root @ left).T
+    total = max(variance.sum(), 1e-300)
+    without = [1 - np.trace(_without(covariance, k) @ weight @ weight.T) / total for k in range(size)]
+    return xr.Dataset(
+        {
+            "share": (("component",), variance / total),
+            "cumulative": (("component",), variance.cumsum() / total),
+            "direction": (("component", "latent_dim"), direction),
+            "of_latent": (("latent_dim",), np.array(without)),
+            "participation": ((), variance.sum() ** 2 / max(np.square(variance).sum(), 1e-300)),
+        }
+    )
 
 
 def _without(covariance: np.ndarray, k: int) -> np.ndarray:

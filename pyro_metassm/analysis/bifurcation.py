@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 import xarray as xr
+from torch import Tensor
 
 from pyro_metassm import _checks as checks
 from pyro_metassm.analysis import _matching as matching
+from pyro_metassm.analysis._folds import folds
 from pyro_metassm.analysis._maps import Place, Source, to_numpy
 from pyro_metassm.analysis._region import Region, visited
 from pyro_metassm.analysis.fixed_points import find as find_points
@@ -21,6 +23,7 @@ from pyro_metassm.recordings import Recordings
 from pyro_metassm.result import Fit, check_fit
 
 GATE = 0.3  # over the scale: how far a branch may move from one point of the path to the next
+HALVINGS = 5  # of a step of the path, where a branch moves farther
 STARTS, STARTS_OF_DRAWS, CYCLE_STARTS = 64, 12, 6
 BINS, LONGEST = 400, 400
 Waypoint = str | np.ndarray | torch.Tensor
@@ -42,7 +45,8 @@ def bifurcation(
     posterior of the recordings at its waypoints leaves open. At every point the fixed points (:func:`fixed_points`)
     and the attracting cycles (:func:`limit_cycles`) of the middle of the draws are looked for anew and from those of
     the point before, and joined to branches by the assignment of smallest squared distance, within 0.3 of the
-    region's scale; those of the draws are joined to these branches.
+    region's scale; where a fixed point finds no other within that, the step is halved, up to five times. Those of the
+    draws are joined to the branches that are there, and what is left over to branches that are elsewhere on the path.
 
     Args:
         fit: a fit.
@@ -61,10 +65,11 @@ def bifurcation(
         (latent_dim)``, ``growth_rate`` and ``frequency (eigenvalue)`` by falling growth, ``num_unstable``,
         ``stable``, as of :func:`fixed_points`; ``crossing (draw, branch, crossing)``, the ``s`` where the number of
         unstable eigenvalues of a branch changes, linear between points, and ``crossing_frequency`` (Hz), which is 0
-        unless it is a Hopf bifurcation; ``count (draw, point)`` of all fixed points, those on no branch, too; over
-        ``cycle``: ``period`` (s), ``radius``, the extrema ``low`` and ``high (latent_dim)``, ``cycle_growth_rate``
-        (1/s, of the slowest multiplier), ``cycle_stable``; ``embedding (draw, point, embedding_dim)``. NaN (-1, False)
-        where there is none.
+        unless it is a Hopf bifurcation; ``fold (draw, fold)``, the ``s`` where two branches meet and end or begin, a
+        saddle-node bifurcation, to half a step of the path, and ``fold_position (latent_dim)``; ``count (draw,
+        point)`` of all fixed points, those on no branch, too; over ``cycle``: ``period`` (s), ``radius``, the extrema
+        ``low`` and ``high (latent_dim)``, ``cycle_growth_rate`` (1/s, of the slowest multiplier), ``cycle_stable``;
+        ``embedding (draw, point, embedding_dim)``. NaN (-1, False) where there is none.
 
     Raises:
         ValueError: fewer than two waypoints, a principal axis that there is not, and as :func:`flow_field`.
@@ -115,7 +120,10 @@ def _path(fit: Fit, along, num_points: int, num_draws: int, seed: int) -> tuple[
             "bifurcation: needed two waypoints or more (recordings' names or embeddings), or the number of a "
             f"principal axis, got {along!r}"
         )
-    stops = [Source("bifurcation", fit, stop, num_draws, seed).places[0] for stop in along]
+    sources = [Source("bifurcation", fit, stop, num_draws, seed) for stop in along]
+    if any(source.dim is not None for source in sources):
+        raise ValueError("bifurcation: needed one recording or embedding at every waypoint, got several")
+    stops = [source.places[0] for source in sources]
     number = max(len(stop.draws) for stop in stops)
     if any(len(stop.draws) not in (1, number) for stop in stops):
         raise ValueError("bifurcation: needed waypoints with the same number of draws")
@@ -147,9 +155,19 @@ def _fixed_points(
         here = find_points(source.maps_of_mean(place), region, STARTS, seed, before)[0]
         middle.append(here.position)
         before = here.position
-    branches = _branches(middle, GATE * region.scale)
-    number = max((int(b.max()) + 1 for b in branches if len(b)), default=0)
-    known = _nearest_known(middle, branches, number)
+    gate = GATE * region.scale
+
+    def between(first: Tensor, last: Tensor, near: np.ndarray) -> np.ndarray:
+        halfway = Place("halfway", None, first, (first + last) / 2)
+        return find_points(source.maps_of_mean(halfway), region, STARTS, seed, near)[0].position
+
+    def step(k: int) -> np.ndarray:
+        ends = places[k].mean, places[k + 1].mean
+        return _linked(middle[k], middle[k + 1], gate, *ends, between)
+
+    branches = _branches(middle, [step(k) for k in range(len(places) - 1)])
+    known, there_of_middle = _nearest_known(middle, branches)
+    number = known.shape[1]
     shape = source.num_draws, len(places), number
     position = np.full((*shape, source.latent_dim), np.nan)
     eigenvalues = np.full((*shape, source.latent_dim), np.nan + 0j)
@@ -158,13 +176,14 @@ def _fixed_points(
         found = find_points(source.maps(place), region, STARTS_OF_DRAWS, seed, middle[k])
         for draw, of_draw in enumerate(found):
             count[draw, k] = len(of_draw.position)
-            pair = matching.assigned(known[k], of_draw.position, GATE * region.scale)
+            pair = _joined(known[k], there_of_middle[k], of_draw.position, gate)
             position[draw, k, pair[pair >= 0]] = of_draw.position[pair >= 0]
             eigenvalues[draw, k, pair[pair >= 0]] = of_draw.eigenvalues[pair >= 0]
     there = np.isfinite(position).all(-1)
     growth, frequency = rates(eigenvalues, source.bin_width)
     unstable = np.where(there, (np.abs(eigenvalues) > 1).sum(-1), -1)
     crossing, turning = _crossings(s, growth, np.abs(frequency), unstable)
+    fold, fold_position = folds(s, position, unstable, count)
     each = ("draw", "point", "branch")
     return xr.Dataset(
         {
@@ -183,6 +202,8 @@ def _fixed_points(
             "stable": (each, unstable == 0),
             "crossing": (("draw", "branch", "crossing"), crossing),
             "crossing_frequency": (("draw", "branch", "crossing"), turning, {"units": "Hz"}),
+            "fold": (("draw", "fold"), fold),
+            "fold_position": (("draw", "fold", "latent_dim"), fold_position),
             "count": (("draw", "point"), count),
         }
     )
@@ -196,9 +217,10 @@ def _cycles(source: Source, places: Sequence[Place], region: Region, seed: int) 
         middle.append(
             find_cycles(source.maps_of_mean(place), region, CYCLE_STARTS, **options, more=before)[0]
         )
-    branches = _branches([f.place for f in middle], GATE * region.scale)
-    number = max((int(b.max()) + 1 for b in branches if len(b)), default=0)
-    known = _nearest_known([f.place for f in middle], branches, number)
+    gate, path = GATE * region.scale, [f.place for f in middle]
+    pairs = [matching.assigned(*two, gate) for two in zip(path, path[1:], strict=False)]
+    known, there_of_middle = _nearest_known(path, _branches(path, pairs))
+    number = known.shape[1]
     shape = source.num_draws, len(places), number
     period, radius, growth = (np.full(shape, np.nan) for _ in range(3))
     low, high = (np.full((*shape, source.latent_dim), np.nan) for _ in range(2))
@@ -208,7 +230,7 @@ def _cycles(source: Source, places: Sequence[Place], region: Region, seed: int) 
             continue
         found = find_cycles(source.maps(place), region, 0, **options, more=np.concatenate(near))
         for draw, of_draw in enumerate(found):
-            pair = matching.assigned(known[k], of_draw.place, GATE * region.scale)
+            pair = _joined(known[k], there_of_middle[k], of_draw.place, gate)
             for here, branch in enumerate(pair.tolist()):
                 if branch < 0:
                     continue
@@ -231,13 +253,35 @@ def _cycles(source: Source, places: Sequence[Place], region: Region, seed: int) 
     )
 
 
-def _branches(places: Sequence[np.ndarray], gate: float) -> list[np.ndarray]:
-    """Which branch each point belongs to, from one point of the path to the next."""
+def _linked(
+    here: np.ndarray,
+    there: np.ndarray,
+    gate: float,
+    first: Tensor,
+    last: Tensor,
+    between: Callable[[Tensor, Tensor, np.ndarray], np.ndarray],
+    halvings: int = HALVINGS,
+) -> np.ndarray:
+    """Which of the points ``here`` (at the embedding ``first``) each of those ``there`` is; -1 for none.
+
+    Where fewer than could be are found again the step is halved: of points that are about to merge one moves fast.
+    """
+    pair = matching.assigned(here, there, gate)
+    if not halvings or (pair >= 0).sum() == min(len(here), len(there)):
+        return pair
+    halfway = between(first, last, here)
+    middle = (first + last) / 2
+    before = _linked(here, halfway, gate, first, middle, between, halvings - 1)
+    after = _linked(halfway, there, gate, middle, last, between, halvings - 1)
+    return np.where(after >= 0, before[after.clip(0)], -1) if len(before) else after
+
+
+def _branches(places: Sequence[np.ndarray], pairs: Sequence[np.ndarray]) -> list[np.ndarray]:
+    """Which branch each point belongs to; ``pairs`` are which of a place's points each of the next place's is."""
     result, number = [np.arange(len(places[0]))], len(places[0])
-    for before, here in zip(places, places[1:], strict=False):
-        pair = matching.assigned(before, here, gate)
+    for pair in pairs:
         new = pair < 0
-        branch = np.where(new, -1, result[-1][pair.clip(0)] if len(before) else -1)
+        branch = np.where(new, -1, result[-1][pair.clip(0)] if len(result[-1]) else -1)
         branch[new] = number + np.arange(int(new.sum()))
         number += int(new.sum())
         result.append(branch)
@@ -245,17 +289,33 @@ def _branches(places: Sequence[np.ndarray], gate: float) -> list[np.ndarray]:
 
 
 def _nearest_known(
-    places: Sequence[np.ndarray], branches: Sequence[np.ndarray], number: int
-) -> list[np.ndarray]:
-    """Where every branch is at each point; where it is at the nearest point that has it, if this one lacks it."""
-    size = places[0].shape[1]
-    known = np.full((len(places), number, size), np.nan)
+    places: Sequence[np.ndarray], branches: Sequence[np.ndarray]
+) -> tuple[np.ndarray, np.ndarray]:
+    """Where every branch is, ``(point, branch, q)``: at the nearest point that has it, where this one lacks it.
+
+    Returns:
+        this, and which points have it, ``(point, branch)``.
+    """
+    number = max((int(b.max()) + 1 for b in branches if len(b)), default=0)
+    known = np.full((len(places), number, places[0].shape[1]), np.nan)
     for k, (place, branch) in enumerate(zip(places, branches, strict=True)):
         known[k, branch] = place
     there = np.isfinite(known).all(-1)
+    if not number:
+        return known, there
     index = np.arange(len(places))
     nearest = np.abs(index[:, None, None] - index[None, :, None]) + np.where(there, 0, 10 * len(places))
-    return list(np.take_along_axis(known, nearest.argmin(1)[..., None], 0)) if number else list(known)
+    return np.take_along_axis(known, nearest.argmin(1)[..., None], 0), there
+
+
+def _joined(known: np.ndarray, there: np.ndarray, found: np.ndarray, gate: float) -> np.ndarray:
+    """Which branch each point of a draw is: one of those that are there, else one that is elsewhere; -1 for none."""
+    result = np.full(len(found), -1)
+    for which in (there, ~there):
+        left = np.flatnonzero(result < 0)
+        pair = matching.assigned(known[which], found[left], gate)
+        result[left[pair >= 0]] = np.flatnonzero(which)[pair[pair >= 0]]
+    return result
 
 
 def _crossings(s: np.ndarray, growth: np.ndarray, frequency: np.ndarray, unstable: np.ndarray):

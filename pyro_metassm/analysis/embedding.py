@@ -10,7 +10,7 @@ import torch
 import xarray as xr
 
 from pyro_metassm import _checks as checks
-from pyro_metassm.analysis._maps import At, Maps, Source, to_numpy
+from pyro_metassm.analysis._maps import At, Maps, Source, check_recordings, to_numpy
 from pyro_metassm.analysis._region import Region, visited
 from pyro_metassm.analysis.fixed_points import STARTS_OF_MEAN
 from pyro_metassm.analysis.fixed_points import find as find_points
@@ -61,6 +61,8 @@ def embedding_map(
         array([2.5, 5. ])
     """
     check_fit(fit)
+    if recs is not None:
+        check_recordings("embedding_map", recs)
     known = [name for k, name in enumerate(fit.names) if bool(fit.statistics[k].isfinite().all())]
     names = known if recs is None else list(recs)
     source = Source("embedding_map", fit, names, num_draws, seed)

@@ -95,14 +95,17 @@ def _sides(grid: Grid) -> int | tuple[np.ndarray, np.ndarray]:
         checks.integers(least=2, grid=grid)
         return int(grid)
     sides = [np.asarray(side) for side in grid] if isinstance(grid, list | tuple) else []
-    if len(sides) != 2 or any(
-        s.dtype.kind not in "if" or s.ndim != 1 or len(s) < 2 or not (np.diff(s) > 0).all() for s in sides
-    ):
+    if len(sides) != 2 or any(not _rises(s) for s in sides):
         raise ValueError(
             "flow_field: needed a grid as a number of points, or as the coordinates of its two sides, each rising, "
             f"got {grid!r}"
         )
     return sides[0].astype(float), sides[1].astype(float)
+
+
+def _rises(side: np.ndarray) -> bool:
+    known = side.dtype.kind in "if" and side.ndim == 1 and len(side) > 1 and np.isfinite(side).all()
+    return bool(known and (np.diff(side) > 0).all())
 
 
 def _field(source: Source, place: Place, region: Region, plane, principal: bool, sides) -> xr.Dataset:

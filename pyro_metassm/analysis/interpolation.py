@@ -54,8 +54,9 @@ def interpolate(
         ``decoded (time, output)``; ``time`` in s.
 
     Raises:
-        ValueError: an even ``size``, a plane that is none, a first state of another size, a recording that the fit
-            does not know, a decoder without a recording or that returns another shape, and as :func:`flow_field`.
+        ValueError: an even ``size``, a plane that is none, a spacing that is not above 0, a first state of another
+            size, a recording that the fit does not know, a decoder without a recording or that returns another shape,
+            and as :func:`flow_field`.
 
     Example:
         >>> import pyro_metassm as pm
@@ -70,6 +71,8 @@ def interpolate(
     if source.dim is not None:
         raise ValueError("interpolate: needed one embedding or one recording, got several")
     (place,), dim = source.places, fit.model.embedding_dim
+    if not (isinstance(spacing, int | float | np.number) and np.isfinite(spacing) and spacing > 0):
+        raise ValueError(f"interpolate: needed a spacing above 0, got {spacing!r}")
     plane = (plane[0],) if dim == 1 and plane == (0, 1) else plane
     known = isinstance(plane, tuple | list) and len(plane) == min(2, dim) and len(set(plane)) == len(plane)
     if not (known and all(isinstance(k, int | np.integer) and 0 <= k < dim for k in plane)):

@@ -22,7 +22,7 @@ def bifurcation(
     found: xr.Dataset,
     ax: Axes | None = None,
     *,
-    latent: int = 0,
+    latent: int | None = None,
     against: Sequence[float] | np.ndarray | None = None,
     label: str | None = None,
     legend: bool = True,
@@ -33,12 +33,12 @@ def bifurcation(
     with triangles) its extrema along the cycle. A branch is drawn where half of the draws or more have it; whether it
     is stable most of those say. Where the number of unstable eigenvalues of a branch changes, an open circle (what
     crosses turns: a Hopf bifurcation) or a diamond (it does not) is at the median over the draws, with a bar from 5 to
-    95 %.
+    95 %; where two branches meet and end or begin, an open square: a fold.
 
     Args:
         found: of :func:`pyro_metassm.analysis.bifurcation`.
         ax: where to draw.
-        latent: the one to draw.
+        latent: the one to draw; default the one in which branches and cycles vary most.
         against: a number for each point of the path, rising or falling, to draw along x in place of the share of the
             path's length, such as the parameter of a simulated system.
         label: of x.
@@ -61,6 +61,7 @@ def bifurcation(
         'latent 1'
     """
     given.dataset("bifurcation", found, ("position", "stable", "crossing"), "pm.analysis.bifurcation")
+    latent = _varying(found) if latent is None else latent
     checks.integers(least=0, latent=latent)
     if latent >= found.sizes["latent_dim"]:
         raise ValueError(
@@ -74,6 +75,7 @@ def bifurcation(
     for values, of in zip(position, stable, strict=True):
         _branch(ax, x, values, of, {"color": BLACK, "linewidth": 1.8}, BLUE)
     kinds = [_crossings(ax, found.isel(branch=k), values, s, x) for k, values in enumerate(position)]
+    kinds.append(_folds(ax, found, latent, s, x))
     cycles = "low" in found and found.sizes["cycle"] > 0
     if cycles:
         of_cycles = found["cycle_stable"].transpose("cycle", "draw", "point").values
@@ -97,7 +99,18 @@ CYCLE: dict[str, Any] = {"color": ORANGE, "linewidth": 1.4, "marker": "^", "mark
 CROSSING: dict[str, dict[str, Any]] = {
     "Hopf bifurcation": {"marker": "o"},
     "change without turning": {"marker": "d"},
+    "fold": {"marker": "s"},
 }
+
+
+def _varying(found: xr.Dataset) -> int:
+    """The latent in which fixed points and extrema of cycles vary most."""
+    parts = [
+        found[key].transpose(..., "latent_dim").values for key in ("position", "low", "high") if key in found
+    ]
+    values = np.concatenate([part.reshape(-1, part.shape[-1]) for part in parts])
+    values = values[np.isfinite(values).all(-1)]
+    return int(values.std(0).argmax()) if len(values) else 0
 
 
 def _along(against: Any, number: int) -> np.ndarray:
@@ -155,22 +168,34 @@ def _crossings(ax: Axes, branch: xr.Dataset, values: np.ndarray, s: np.ndarray, 
         if there.mean() < 0.5:
             continue
         kind = list(CROSSING)[int(np.median(frequency[there]) < TURNING)]
-        low, middle, high = np.interp(np.quantile(of_draws[there], [INTERVAL[0], 0.5, INTERVAL[1]]), s, x)
         mean = np.full(len(s), np.nan)
         known = np.isfinite(values).any(0)
         mean[known] = np.nanmean(values[:, known], 0)
         y = np.interp(np.median(of_draws[there]), s[known], mean[known])
-        error = np.abs([[middle - low], [high - middle]])
-        look: dict[str, Any] = {
-            "color": BLACK,
-            "markerfacecolor": "white",
-            "markersize": 8,
-            "capsize": 3,
-            "zorder": 6,
-        }
-        ax.errorbar(middle, y, xerr=error, linestyle="", **look, **CROSSING[kind])
+        _mark(ax, of_draws[there], float(y), kind, s, x)
         kinds.append(kind)
     return kinds
+
+
+def _folds(ax: Axes, found: xr.Dataset, latent: int, s: np.ndarray, x: np.ndarray) -> list[str]:
+    """Markers where two branches meet; what they are."""
+    kinds = []
+    for k in range(found.sizes.get("fold", 0)):
+        of_draws = found["fold"].isel(fold=k).values
+        there = np.isfinite(of_draws)
+        if there.mean() >= 0.5:
+            y = np.nanmedian(found["fold_position"].isel(fold=k, latent_dim=latent).values)
+            _mark(ax, of_draws[there], float(y), "fold", s, x)
+            kinds.append("fold")
+    return kinds
+
+
+def _mark(ax: Axes, shares: np.ndarray, y: float, kind: str, s: np.ndarray, x: np.ndarray) -> None:
+    """A marker at the median of shares of the path, with a bar."""
+    low, middle, high = np.interp(np.quantile(shares, [INTERVAL[0], 0.5, INTERVAL[1]]), s, x)
+    error = np.abs([[middle - low], [high - middle]])
+    look: dict[str, Any] = {"color": BLACK, "markerfacecolor": "white", "markersize": 8, "capsize": 3}
+    ax.errorbar(middle, y, xerr=error, linestyle="", zorder=6, **look, **CROSSING[kind])
 
 
 def _legend(ax: Axes, branches: tuple[np.ndarray, np.ndarray], cycles: bool, kinds: set[str]) -> None:

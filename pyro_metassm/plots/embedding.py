@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -17,9 +16,10 @@ from pyro_metassm.trees import part
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-NEAR = (0.13, 0.05)  # of the axes: points as near as this share a label
-FEW = 16  # labels that are written in the ordinary size
-LETTER = {"small": 8.3, "xx-small": 5.8}  # points: their heights, at the usual size of fonts
+ONE = 4.0  # points, less than the width of a marker: recordings as near as this share a label
+FEW = 16  # names that are all written, in the ordinary size
+AWAY = (5.0, 14.0, 26.0, 40.0)  # points: how far from its recording a name may stand
+Box = tuple[float, float, float, float]  # left, bottom, right, top
 
 
 def embedding(
@@ -43,7 +43,7 @@ def embedding(
         against: a value of every recording: a mapping by name, a DataArray over `recording`, in the tree's
             order, or the name of a coordinate that the embeddings have, such as ``"subject"``.
         color: likewise, numbers (a colour bar) or categories (a legend).
-        labels: write the recordings' names beside the points.
+        labels: write the recordings' names beside the points; of more than 16 those for which there is room.
         label: of the axis of ``against``, or of the colour bar without it; default a DataArray's name.
 
     Returns:
@@ -74,9 +74,10 @@ def embedding(
             axes[d].set_xlabel(label or str(getattr(against, "name", None) or "value of the recording"))
             axes[d].set_ylabel(_dim_label(d, size))
             axes[d].margins(0.1)
-            if labels:
-                _write_names(axes[d], names, np.stack([x, means[:, d]], 1))
         legend(axes[0])
+        for d in range(size) if labels else ():
+            bars = np.quantile(draws[:, d], INTERVAL, axis=-1).T
+            _write_names(axes[d], names, np.stack([x, means[:, d]], 1), bars)
         return axes[0] if size == 1 else axes[:size]
     ax = new_axes(ax)
     ax.set_xlabel(_dim_label(0, size))
@@ -93,9 +94,9 @@ def embedding(
             ax.plot(*means[row, :2, None], linestyle="", markersize=5, **style)
         ax.set_ylabel(_dim_label(1, size))
         ax.margins(0.1)
-        if labels:
-            _write_names(ax, names, means[:, :2])
     legend(ax)
+    if size > 1 and labels:
+        _write_names(ax, names, means[:, :2])
     return ax
 
 
@@ -181,42 +182,91 @@ def _interval(ax: Axes, at: float, draws: np.ndarray, style: dict, vertical: boo
     ax.errorbar(**where, linestyle="", markersize=5, capsize=2, linewidth=1.2, **style)
 
 
-def _write_names(ax: Axes, names: Sequence[str], points: np.ndarray) -> None:
-    """Names beside points ``(recording, 2)``, where they cover no other; points that coincide share a label."""
-    box = ax.get_window_extent()
-    low, high = np.array([ax.get_xlim(), ax.get_ylim()]).T
-    place = (points - low) / (high - low)
-    pixels, dot = place * [box.width, box.height], ax.figure.dpi / 72
-    size = "small" if len(names) <= FEW else "xx-small"
-    letter = dot * LETTER[size]
-    taken: list[tuple[float, ...]] = [
-        (x - 3 * dot, y - 3 * dot, x + 3 * dot, y + 3 * dot) for x, y in pixels.tolist()
-    ]
-    left = list(range(len(names)))
+def _write_names(
+    ax: Axes, names: Sequence[str], points: np.ndarray, intervals: np.ndarray | None = None
+) -> None:
+    """Names beside points ``(recording, 2)``, where they cover nothing: those of points that coincide in one label.
+
+    Names that have room only farther away are tied to their point by a line. Of many recordings those without any room
+    are left out, and a note says how many. ``intervals``, ``(recording, 2)``, are vertical bars to keep off, too.
+    """
+    size = "small" if len(names) <= FEW else "x-small"
+    note: dict[str, Any] = {"fontsize": "x-small", "loc": "right", "color": "0.3"}
+    if len(names) > FEW:
+        ax.set_title(
+            "names left out", **note
+        )  # whether there is one is known below; its room is to be known here
+    ax.figure.figure.draw_without_rendering()  # the layout makes room for labels and legends: then sizes are known
+    box, dot = ax.get_window_extent(), ax.figure.dpi / 72
+    to_pixels = lambda xy: ax.transData.transform(xy) - [box.x0, box.y0]
+    pixels, frame = to_pixels(points), (0.0, 0.0, box.width, box.height)
+    taken: list[Box] = [(x - 4 * dot, y - 4 * dot, x + 4 * dot, y + 4 * dot) for x, y in pixels.tolist()]
+    if intervals is not None:
+        ends = [to_pixels(np.stack([points[:, 0], end], 1)) for end in intervals.T]
+        taken += [(x - 2 * dot, low, x + 2 * dot, high) for (x, low), (_, high) in zip(*ends, strict=True)]
+    if (legend := ax.get_legend()) is not None:
+        (x0, y0), (x1, y1) = legend.get_window_extent().get_points() - [box.x0, box.y0]
+        taken.append((x0, y0, x1, y1))
+    left, without = list(range(len(names))), 0
     while left:
-        first = left[0]
-        group = [row for row in left if (np.abs(place[row] - place[first]) < NEAR).all()]
+        group = [row for row in left if (np.abs(pixels[row] - pixels[left[0]]) < ONE * dot).all()]
         left = [row for row in left if row not in group]
         text = ", ".join(names[row] for row in group[:3]) + (
             f" and {len(group) - 3} more" if len(group) > 3 else ""
         )
-        wide, tall = 0.6 * letter * len(text), 1.2 * letter
-        at = pixels[group].mean(0)
-        towards = -1 if place[first, 0] > 0.5 else 1  # the middle
-        tried: list[tuple[float, int, int, int, tuple[float, ...]]] = []
-        for up, side in itertools.product((5, -11, 15, -21, 25), (towards, -towards)):
-            x, y = at[0] + 6 * dot * side - (wide if side < 0 else 0.0), at[1] + up * dot
-            lost = sum(_overlap((x, y, x + wide, y + tall), other) for other in taken)
-            lost += wide * tall - _overlap((x, y, x + wide, y + tall), (0.0, 0.0, box.width, box.height))
-            tried.append((round(lost, 3), len(tried), up, side, (x, y, x + wide, y + tall)))
-        _, _, up, side, rectangle = min(tried)
-        taken.append(rectangle)
+        at, (wide, tall) = pixels[group].mean(0), _size(ax, text, size)
+        side = -1 if at[0] > box.width / 2 else 1  # towards the middle first
+        lost, _, away, found = min(
+            (_lost(place, taken, frame), number, away, place)
+            for number, (away, place) in enumerate(_places(at, wide, tall, side, dot))
+        )
+        if lost > 0 and len(names) > FEW:
+            without += len(group)
+            continue
+        taken.append(found)
+        offset = ((found[0] - at[0]) / dot, (found[1] - at[1]) / dot)
+        tie = {"arrowstyle": "-", "color": "0.5", "linewidth": 0.6, "shrinkA": 0, "shrinkB": 3}
         style: dict[str, Any] = {"textcoords": "offset points", "fontsize": size}
-        ha = "right" if side < 0 else "left"
-        ax.annotate(text, tuple(points[group].mean(0)), xytext=(6 * side, up), ha=ha, **style)
+        style |= {"arrowprops": tie} if away > AWAY[0] else {}
+        ax.annotate(text, tuple(points[group].mean(0)), xytext=offset, **style).set_in_layout(False)
+    if len(names) > FEW:
+        ax.set_title(f"{without} of {len(names)} names left out" if without else "", **note)
 
 
-def _overlap(one: tuple[float, ...], other: tuple[float, ...]) -> float:
+def _size(ax: Axes, text: str, size: str) -> tuple[float, float]:
+    """Of a text in pixels."""
+    probe = ax.text(0.0, 0.0, text, fontsize=size)
+    box = probe.get_window_extent()
+    probe.remove()
+    return box.width, box.height
+
+
+def _places(at: np.ndarray, wide: float, tall: float, side: int, dot: float) -> Iterator[tuple[float, Box]]:
+    """Where a name of this size may stand around a point, the best first, and how far away that is, in points."""
+    for away in AWAY:
+        for right, up in (
+            (side, 0),
+            (side, 1),
+            (side, -1),
+            (-side, 0),
+            (-side, 1),
+            (-side, -1),
+            (0, 1),
+            (0, -1),
+        ):
+            gap = away * dot * (0.7 if right and up else 1.0)
+            x = at[0] + (gap if right > 0 else -gap - wide if right < 0 else -wide / 2)
+            y = at[1] + (gap if up > 0 else -gap - tall if up < 0 else -tall / 2)
+            yield away, (x, y, x + wide, y + tall)
+
+
+def _lost(place: Box, taken: Sequence[Box], frame: Box) -> float:
+    """The area of a name that others cover or that is outside."""
+    outside = (place[2] - place[0]) * (place[3] - place[1]) - _overlap(place, frame)
+    return round(sum(_overlap(place, other) for other in taken) + outside, 3)
+
+
+def _overlap(one: Box, other: Box) -> float:
     """The common area of two rectangles (left, bottom, right, top)."""
     wide, tall = (max(min(one[k + 2], other[k + 2]) - max(one[k], other[k]), 0.0) for k in (0, 1))
     return wide * tall

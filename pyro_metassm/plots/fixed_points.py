@@ -77,6 +77,7 @@ def fixed_points(
     position = where(found["position"].transpose("fixed_point", "draw", "latent_dim").values)
     ax = new_axes(ax)
     used: list[str] = []
+    written: list[tuple[float, float, str]] = []
     for k, share in enumerate(found["probability"].values):
         if not share >= least or not share:
             continue
@@ -89,15 +90,14 @@ def fixed_points(
         notes = [f"{100 * share:.0f} %"] if share < SURE else []
         notes += [f"{100 * agreed:.0f} % {kind}"] if agreed < SURE else []
         if notes:
-            box = {"facecolor": "white", "alpha": 0.8, "edgecolor": "none", "pad": 1.0}
-            look: dict[str, Any] = {
-                "textcoords": "offset points",
-                "fontsize": "small",
-                "bbox": box,
-                "zorder": 6,
-            }
-            ax.annotate(", ".join(notes), (x, y), xytext=(7, 6), **look)
+            written.append((x, y, ", ".join(notes)))
         used.append(kind)
+    box = {"facecolor": "white", "alpha": 0.8, "edgecolor": "none", "pad": 1.0}
+    look: dict[str, Any] = {"textcoords": "offset points", "fontsize": "small", "bbox": box, "zorder": 6}
+    for x, y, note in written:
+        # Towards the middle: what is written at an edge would cover what stands beside the axes.
+        side, ha = (-7, "right") if x > np.mean(ax.get_xlim()) else (7, "left")
+        ax.annotate(note, (x, y), xytext=(side, 6), ha=ha, **look)
     where.label(ax)
     if legend and used:
         legend_below(ax, [_handle(kind) for kind in KINDS if kind in used])

@@ -10,7 +10,7 @@ import xarray as xr
 from pyro_metassm import _checks as checks
 from pyro_metassm.plots import _fields as fields
 from pyro_metassm.plots import _given as given
-from pyro_metassm.plots._style import BLACK, new_axes
+from pyro_metassm.plots._style import BLACK, legend_below, new_axes
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 THIN, THICK = 0.4, 1.5  # points: lines where draws disagree in all, and where they agree
 HALF = 0.5  # agreement below which the picture says what thin lines are
 BOX = {"facecolor": "white", "edgecolor": "none", "pad": 1.5}
+TRIAL: dict[str, Any] = {"color": BLACK, "linewidth": 0.8, "markersize": 3, "label": "trial, from the dot"}
 NOTE: dict[str, Any] = {"fontsize": "x-small", "bbox": BOX, "zorder": 6}
 
 
@@ -43,7 +44,7 @@ def flow(
         ax: where to draw.
         at: the recording (or point), if the flow was asked for at several.
         paths: trajectories to draw on top, such as ``tree["w=5/posterior/latents"]``: ``(trial, time, latent_dim)``,
-            averaged over all other dims; a dot is where one begins.
+            averaged over all other dims; a dot is where one begins, and a legend below the axes says so.
         num_paths: of them.
         speed_max: upper end of the colours (1/s), for pictures beside each other.
         colorbar: add one.
@@ -74,6 +75,8 @@ def flow(
     # 1 where all draws are alike, 1/2 where the spread is as large as the mean, towards 0 beyond.
     agreement = length / np.maximum(length + np.sqrt(variance), np.finfo(float).tiny)
     several = moved.shape[0] > 1
+    from matplotlib.lines import Line2D
+
     ax = new_axes(ax)
     top = fields.streams(
         ax,
@@ -93,6 +96,8 @@ def flow(
         ax.plot(*path.T, color=BLACK, linewidth=0.8, alpha=0.8)
         ax.plot(*path[np.isfinite(path).all(-1)][:1].T, "o", color=BLACK, markersize=3)
     plane.label(ax)
+    if curves is not None and len(curves):
+        legend_below(ax, [Line2D([], [], marker="o", **TRIAL)])
     ax.set_xlim(*found["x_value"].values[[0, -1]])
     ax.set_ylim(*found["y_value"].values[[0, -1]])
     place = next((found[dim].item() for dim in given.PLACES if dim in found.coords), None)

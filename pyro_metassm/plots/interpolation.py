@@ -27,6 +27,7 @@ def interpolation_grid(
     plane: tuple[int, int] = (0, 1),
     which: Sequence[int] | None = None,
     label: str | None = None,
+    names: Sequence[str] | None = None,
 ) -> np.ndarray:
     """Small multiples: where the same state goes under embeddings on a grid, the one in the middle framed boldly.
 
@@ -37,18 +38,20 @@ def interpolation_grid(
     Args:
         found: of :func:`pyro_metassm.analysis.interpolate`.
         ax: where to draw: as many axes as the grid has, row by row from above.
-        of: "latents" (the mean path over the draws in the plane of two, those of the draws thin, a dot at the
-            beginning), "rates" of some neurons over time or what was "decoded" over time (means, and bands from 5 to
-            95 %).
+        of: "latents" (the paths of the draws thin in the plane of two, bold the one nearest to their median, a dot at
+            the beginning), "rates" of some neurons over time or what was "decoded" over time (medians, and bands from 5
+            to 95 %). Where a few draws explode there is no mean.
         plane: the two latents.
         which: neurons or outputs, by their position; default the three that vary most over all panels.
         label: of y for rates and what was decoded, with its units.
+        names: what to call the neurons or outputs that are drawn, in their order; default by their positions.
 
     Returns:
         the axes ``(row, column)``, as they lie on paper.
 
     Raises:
-        ValueError: a Dataset of something else, or without what is asked for; a plane that is none; too few axes.
+        ValueError: a Dataset of something else, or without what is asked for; a plane that is none; too few axes; names
+            of another number.
 
     Example:
         >>> import pyro_metassm as pm
@@ -68,7 +71,7 @@ def interpolation_grid(
     if of == "latents":
         _in_a_plane(paper, found, plane)
     else:
-        _over_time(paper, found, of, which, label)
+        _over_time(paper, found, of, which, label, names)
     _name_offsets(paper, found)
     for side in paper[shape[0] // 2, shape[1] // 2].spines.values():
         side.set_linewidth(2.5)
@@ -81,7 +84,7 @@ def interpolation_grid(
 def _in_a_plane(panels: np.ndarray, found: xr.Dataset, plane: tuple[int, int]) -> None:
     where = given.Plane.of("interpolation_grid", found.sizes["latent_dim"], plane)
     paths = where(found["latents"].transpose("row", "column", "draw", "time", "latent_dim").values)
-    middle = paths.mean(2)
+    middle = _central(paths)
     limits = _bulk(middle)
     for place in np.ndindex(panels.shape):
         ax: Any = panels[place]
@@ -94,8 +97,20 @@ def _in_a_plane(panels: np.ndarray, found: xr.Dataset, plane: tuple[int, int]) -
     _label_outer(panels, *where.labels)
 
 
+def _central(paths: np.ndarray) -> np.ndarray:
+    """Of paths ``(row, column, draw, time, 2)`` those nearest to the median, on the mean over time."""
+    away = np.linalg.norm(paths - np.median(paths, 2, keepdims=True), axis=-1).mean(-1)
+    nearest = np.nan_to_num(away, nan=np.inf).argmin(-1)[..., None, None, None]
+    return np.take_along_axis(paths, nearest, 2)[:, :, 0]
+
+
 def _over_time(
-    panels: np.ndarray, found: xr.Dataset, of: str, which: Sequence[int] | None, label: str | None
+    panels: np.ndarray,
+    found: xr.Dataset,
+    of: str,
+    which: Sequence[int] | None,
+    label: str | None,
+    names: Sequence[str] | None,
 ) -> None:
     dim = DIMS[of]
     values = found[of].transpose("row", "column", "draw", "time", dim).values
@@ -107,17 +122,22 @@ def _over_time(
         raise ValueError(
             f"interpolation_grid: needed which= positions below {size}, got {checks.some(wrong) or 'none'}"
         )
+    words = [f"{dim} {place}" for place in which] if names is None else list(map(str, names))
+    if len(words) != len(which):
+        raise ValueError(
+            f"interpolation_grid: needed {len(which)} names, one for each {dim} that is drawn, got {len(words)}"
+        )
     values = values[..., list(which)]
-    (low, high), mean = np.quantile(values, INTERVAL, axis=2), values.mean(2)
-    time, (limits,) = found["time"].values, _bulk(mean.reshape(*mean.shape[:2], -1, 1))
+    low, middle, high = np.quantile(values, (INTERVAL[0], 0.5, INTERVAL[1]), axis=2)
+    time, (limits,) = found["time"].values, _bulk(middle.reshape(*middle.shape[:2], -1, 1))
     for place in np.ndindex(panels.shape):
         ax: Any = panels[place]
-        for k, name in enumerate(which):
+        for k in range(len(which)):
             style: dict[str, Any] = {"color": PALETTE[k % len(PALETTE)], "linestyle": STYLES[k % len(STYLES)]}
             ax.fill_between(
                 time, low[place][:, k], high[place][:, k], color=style["color"], alpha=0.25, linewidth=0
             )
-            ax.plot(time, mean[place][:, k], linewidth=1.6, label=f"{dim} {name}", **style)
+            ax.plot(time, middle[place][:, k], linewidth=1.6, label=words[k], **style)
         ax.set_xlim(time[0], time[-1])
         ax.set_ylim(*limits)
     _label_outer(panels, "time (s)", label or ("rate (per bin)" if of == "rates" else "decoded"))

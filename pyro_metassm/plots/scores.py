@@ -27,7 +27,7 @@ def forecast_curve(
     baselines: Mapping[str, xr.DataArray] | None = None,
     label: str | None = None,
 ) -> Axes:
-    """Forecast scores against the horizon: a line for each recording, their mean bold, baselines grey with markers.
+    """Forecast scores against the horizon: a line for each recording, their mean bold, baselines dashed with markers.
 
     Args:
         scores: of :func:`pyro_metassm.metrics.forecast_r2`, ``(recording, horizon_step)``, or a variable of
@@ -77,9 +77,10 @@ def forecast_curve(
         ax.plot(
             steps,
             values,
-            color="0.35",
-            linewidth=1.2,
-            markersize=5,
+            color=BLACK,
+            linestyle="--",
+            linewidth=1.4,
+            markersize=6,
             markerfacecolor="white",
             label=name,
             **marker,
@@ -95,7 +96,7 @@ def forecast_curve(
     ax.set_ylabel(label or f"forecast {what}")
     # Many entries stand beside the axes, where they cover no line.
     beside: dict[str, Any] = {"loc": "upper left", "bbox_to_anchor": (1.0, 1.0)}
-    many = len(ax.get_legend_handles_labels()[0]) > MANY
+    many = not few or len(ax.get_legend_handles_labels()[0]) > MANY
     ax.legend(frameon=False, fontsize="small", **(beside if many else {}))
     return ax
 

@@ -124,7 +124,9 @@ def draw(
             f"neuron {seen['neuron'].values[place]}\n(per bin)" if of == "rates" else f"latent {place + 1}"
         )
     what = {"rates": "rate", "latents": "latent"}[of]
-    panels[0].set_title(f"{recording}, trial {trial} (bands: 90 % of the {what})", fontsize="medium")
+    panels[0].set_title(
+        f"{recording}, trial {trial} (bands hold 90 % of the {what}'s draws)", fontsize="medium"
+    )
     panels[0].legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), frameon=False, fontsize="small")
     panels[-1].set_xlabel("time (s)")
     return panels

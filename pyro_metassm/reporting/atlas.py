@@ -173,24 +173,32 @@ def plus_minus(mean: float, sd: float) -> str:
 
 
 def crossings(along: xr.Dataset) -> list[str]:
-    """Where stability changes, in words."""
+    """Where stability changes, or two fixed points meet, in words."""
     lines = []
     places, turning = along["crossing"], along["crossing_frequency"]
     for branch in range(along.sizes["branch"]):
         for k in range(along.sizes["crossing"]):
-            at = places.isel(branch=branch, crossing=k).values
-            share = np.isfinite(at).mean() if len(at) else 0.0
-            if share < LEAST:
-                continue
-            low, middle, high = np.nanquantile(at, [0.05, 0.5, 0.95])
-            hz = float(np.nanmedian(turning.isel(branch=branch, crossing=k).values))
+            of_draws = turning.isel(branch=branch, crossing=k).values
+            known = of_draws[np.isfinite(of_draws)]
+            hz = float(np.median(known)) if len(known) else 0.0
             what = f"turning at {html.number(hz)} Hz (a Hopf bifurcation)" if hz > 1e-6 else "without turning"
-            band = "" if high - low < 5e-4 else f" (90 % of the draws: {low:.3f} to {high:.3f})"
-            lines.append(
-                f"At {middle:.3f} of the path{band} the stability of a fixed point changes, {what}; in "
-                f"{100 * share:.0f} % of the draws."
+            lines += _place(
+                places.isel(branch=branch, crossing=k).values,
+                f"the stability of a fixed point changes, {what}",
             )
+    for k in range(along.sizes.get("fold", 0)):
+        lines += _place(along["fold"].isel(fold=k).values, "two fixed points meet and end, or begin (a fold)")
     return sorted(lines) or ["No fixed point on this path changes its stability."]
+
+
+def _place(at: np.ndarray, what: str) -> list[str]:
+    """A line on what is somewhere on the path; none if too few draws have it."""
+    share = np.isfinite(at).mean() if len(at) else 0.0
+    if share < LEAST:
+        return []
+    low, middle, high = np.nanquantile(at, [0.05, 0.5, 0.95])
+    band = "" if high - low < 5e-4 else f" (90 % of the draws: {low:.3f} to {high:.3f})"
+    return [f"At {middle:.3f} of the path{band} {what}; in {100 * share:.0f} % of the draws."]
 
 
 def coloured(asked: Asked, found: Map) -> tuple[dict[str, Any] | None, str | None]:

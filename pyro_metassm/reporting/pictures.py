@@ -107,12 +107,8 @@ def distances(found: Map, key: str) -> Draw:
 
 
 def branches(along: xr.Dataset) -> Draw:
-    """Fixed points and cycles along a path, in the latent that changes most."""
-    spread = np.nan_to_num(along["position"].transpose(..., "latent_dim").values).reshape(
-        -1, along.sizes["latent_dim"]
-    )
-    latent = int(spread.std(0).argmax()) if len(spread) else 0
-    return lambda figure: plots.bifurcation(along, figure.subplots(), latent=latent)
+    """Fixed points and cycles along a path, in the latent that varies most."""
+    return lambda figure: plots.bifurcation(along, figure.subplots())
 
 
 def flow(place: Place, paths: xr.DataArray | None) -> Draw:

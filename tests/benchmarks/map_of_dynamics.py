@@ -1,10 +1,11 @@
 """Fixed points, stability and periods of fits of the bifurcation study, beside the analytic truth.
 
-    python tests/benchmarks/map_of_dynamics.py FIT [FIT ...] [--seeds 0 1 2] [--revise] [--held-out 16] [--trials 40]
-        [--json FILE]
+    python tests/benchmarks/map_of_dynamics.py FIT [FIT ...] [--seeds 0 1 2] [--revise] [--held-out 16]
+        [--held-out-seed 1000] [--trials 40] [--json FILE]
 
 ``FIT`` are folders that ``Fit.save`` wrote, of fits to ``Bifurcations().training(seed)`` with these seeds;
-``--held-out N`` also adapts each to the study's unseen recordings with N trials. Learned positions are mapped to the
+``--held-out N`` also adapts each to the study's unseen recordings with N trials, and then revises it with these and the
+known ones together. Learned positions are mapped to the
 truth's coordinates by :func:`pyro_metassm.plots.align` on test trials. A fixed point is found if one lies within 15 %
 of the range of the true latents. Where the truth itself is marginal (a = 0, b = 0, mu = 0: a rate of 0) stability is
 not counted. Bands are the fit's own, from 100 draws; with ``--revise`` those of :func:`pyro_metassm.revise`. With
@@ -33,15 +34,6 @@ FOUND = 0.15  # of the range
 DRAWS = 100
 
 
-def true_fixed_points(attrs: Mapping[Any, Any]) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Positions, and eigenvalues of the flow there (1/s)."""
-    if attrs["system"] == "hopf":
-        return [(np.zeros(2), np.linalg.eigvals([[0.0, 1.0], [-1.0, attrs["mu"]]]))]
-    a, b, c = attrs["a"], attrs["b"], attrs["c"]
-    x = [0.0] if b >= 0 else [0.0, -np.sqrt(-b / c), np.sqrt(-b / c)]
-    return [(np.array([u, 0.0]), np.linalg.eigvals([[0.0, 1.0], [-b - 3 * c * u**2, a]])) for u in x]
-
-
 def true_period(attrs: Mapping[Any, Any]) -> float | None:
     """In s; None without a limit cycle."""
     mu = attrs.get("mu", 0.0)
@@ -63,7 +55,8 @@ def measure(fit: pm.Fit, train: pm.Recordings, test: pm.Recordings, name: str, s
     known = align(pm.posterior(fit, some, num_samples=10), name)
     attrs, latents = test.truth[name].attrs, test.truth[name]["latents"].values
     width = np.ptp(latents.reshape(-1, 2), axis=0)
-    truth = true_fixed_points(attrs)
+    true = pm.simulate.fixed_points(test.truth[name])
+    truth = list(zip(true["position"].values, true["growth_rate"].values, strict=True))
     found = analysis.fixed_points(fit, name, recs=train, num_draws=0).isel(draw=0)
     at = known.to_truth(found["position"].values)
     row: dict[str, Any] = {"recording": name, "true": len(truth), "found": len(at), "align_r2": known.r2}
@@ -73,10 +66,9 @@ def measure(fit: pm.Fit, train: pm.Recordings, test: pm.Recordings, name: str, s
         if len(at) and error.min() < FOUND:
             k = int(error.argmin())
             growth = found["growth_rate"].values[k].max()
-            true = rate.real.max()
-            marginal = bool(np.abs(rate.real).min() < 1e-9)
-            right = None if marginal else (growth > 0) == (true > 0)
-            pairs.append((position, k, float(error[k]), right, float(growth), float(true)))
+            marginal = bool(np.abs(rate).min() < 1e-9)
+            right = None if marginal else (growth > 0) == (rate.max() > 0)
+            pairs.append((position, k, float(error[k]), right, float(growth), float(rate.max())))
     row |= {"missed": len(truth) - len(pairs), "invented": len(at) - len({k for _, k, *_ in pairs})}
     row |= {
         "error": [p[2] for p in pairs],
@@ -165,13 +157,18 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--revise", action="store_true")
     parser.add_argument("--held-out", type=int, default=0)
+    parser.add_argument("--held-out-seed", type=int, default=Bifurcations.held_out_seed)
     parser.add_argument("--trials", type=int, default=Bifurcations.num_train)
     parser.add_argument("--json")
     options = parser.parse_args(arguments)
     result = []
     for path, seed in zip(options.fits, options.seeds, strict=True):
         fit = pm.load(path)
-        family = Bifurcations(num_train=options.trials, num_test=min(Bifurcations.num_test, options.trials))
+        family = Bifurcations(
+            num_train=options.trials,
+            num_test=min(Bifurcations.num_test, options.trials),
+            held_out_seed=options.held_out_seed,
+        )
         train, test = family.training(seed)
         cases = [("known", fit, train, test)]
         if options.held_out:
@@ -181,7 +178,8 @@ def main(arguments: list[str] | None = None) -> None:
         for which, of, seen, unseen in cases:
             seconds = {}
             if options.revise:
-                of, seconds["revise"] = _timed(pm.revise, of, seen)
+                together = train if seen is train else pm.Recordings([*train.values(), *seen.values()])
+                of, seconds["revise"] = _timed(pm.revise, of, together)
             rows = [measure(of, seen, unseen, name, seed) for name in seen.names]
             _, seconds[f"fixed points, {len(seen)} x {DRAWS}"] = _timed(
                 analysis.fixed_points, of, list(seen.names), num_draws=DRAWS

@@ -11,7 +11,7 @@ from pyro_metassm import plots
 
 def test_branches_are_solid_where_stable_and_dashed_where_not():
     found = diagram()
-    ax = plots.bifurcation(found)
+    ax = plots.bifurcation(found, latent=0)
     (solid,) = by_style(ax, "#000000", "-")
     first, ended = by_style(ax, "#000000", "--")
     # They meet halfway between 0.5, the last stable point, and 0.75.
@@ -33,14 +33,14 @@ def test_branches_are_solid_where_stable_and_dashed_where_not():
 
 def test_a_change_of_stability_is_marked_with_its_interval():
     found = diagram()
-    ax = plots.bifurcation(found)
+    ax = plots.bifurcation(found, latent=0)
     (bar,) = ax.containers
     np.testing.assert_allclose(bar.lines[0].get_xydata()[0], [0.6, 1.2])
     ends = np.sort(bar.lines[2][0].get_segments()[0][:, 0])
     np.testing.assert_allclose(ends, np.quantile(found["crossing"].values[:, 0, 0], [0.05, 0.95]))
     assert bar.lines[0].get_marker() == "o"
     alone = found.assign(crossing_frequency=found["crossing_frequency"] * 0)
-    (bar,) = plots.bifurcation(alone).containers
+    (bar,) = plots.bifurcation(alone, latent=0).containers
     assert bar.lines[0].get_marker() == "d"
     assert not plots.bifurcation(found.assign(crossing=found["crossing"].where(found.draw < 4))).containers
 
@@ -56,9 +56,32 @@ def test_cycles_are_drawn_by_their_extrema_and_any_latent_can_be_looked_at():
     assert "extrema of a cycle" not in legend(plots.bifurcation(without))
 
 
+def test_the_latent_that_varies_most_is_drawn():
+    found = diagram()
+    assert plots.bifurcation(found).get_ylabel() == "latent 2"  # ten times the first one, along the branches
+    apart = found.assign(low=found["low"] * [100.0, 1.0], high=found["high"] * [100.0, 1.0])
+    assert plots.bifurcation(apart).get_ylabel() == "latent 1"  # along the cycles
+    assert plots.bifurcation(found.isel(branch=[], cycle=[])).get_ylabel() == "latent 1"
+
+
+def test_a_fold_is_marked_where_half_of_the_draws_have_it():
+    found = diagram()
+    s = np.where(np.arange(11) < 8, 0.3, np.nan)[:, None] + [0.0, 0.4]
+    s[5:, 1] = np.nan
+    found["fold"] = (("draw", "fold"), s)
+    found["fold_position"] = (
+        ("draw", "fold", "latent_dim"),
+        np.where(np.isnan(s), np.nan, 1.5)[..., None] * [1, 2],
+    )
+    ax = plots.bifurcation(found, latent=1, against=10 * np.linspace(0, 1, 5))
+    (fold,) = (bar for bar in ax.containers if bar.lines[0].get_marker() == "s")
+    np.testing.assert_allclose(fold.lines[0].get_xydata()[0], [3.0, 3.0])
+    assert legend(ax)[-1] == "fold" and "fold" not in legend(plots.bifurcation(diagram()))
+
+
 def test_a_diagram_against_a_parameter():
     mu = 3 - 2 * np.linspace(0, 1, 5)  # falling
-    ax = plots.bifurcation(diagram(), against=mu, label="mu")
+    ax = plots.bifurcation(diagram(), latent=0, against=mu, label="mu")
     (bar,) = ax.containers
     assert bar.lines[0].get_xdata()[0] == pytest.approx(3 - 2 * 0.6)
     (solid,) = by_style(ax, "#000000", "-")

@@ -36,9 +36,11 @@ def test_a_grid_of_trajectories_lies_as_the_embeddings_do():
         drawn = panels[2 - row, column].lines  # upwards on paper
         of = found["latents"].isel(row=row, column=column).values
         assert len(drawn) == 4 + 2
-        np.testing.assert_allclose(drawn[4].get_xydata(), of.mean(0))
+        away = np.linalg.norm(of - np.median(of, 0), axis=-1).mean(1)
+        central = of[away.argmin()]
+        np.testing.assert_allclose(drawn[4].get_xydata(), central)
         np.testing.assert_allclose(drawn[1].get_xydata(), of[1])
-        np.testing.assert_allclose(drawn[5].get_xydata()[0], of.mean(0)[0])
+        np.testing.assert_allclose(drawn[5].get_xydata()[0], central[0])
     assert [ax.get_title() for ax in panels[0]] == ["$e_1$ -0.50", "$e_1$ +0.00", "$e_1$ +0.50"]
     assert [texts(ax.texts)[0] for ax in panels[:, 2]] == ["$e_2$ +0.25", "$e_2$ +0.00", "$e_2$ -0.25"]
     widths = np.array([[ax.spines["left"].get_linewidth() for ax in row] for row in panels])
@@ -60,6 +62,15 @@ def test_a_panel_that_explodes_leaves_the_others_readable():
     )
 
 
+def test_a_few_draws_that_explode_leave_the_bold_line_where_most_are():
+    found = grid()
+    usual = plots.interpolation_grid(found)[0, 0].lines[4].get_xydata()
+    spread = np.ptp(found["latents"].isel(row=2, column=0).values, axis=0)
+    found["latents"][0] = found["latents"][0] + 1e6
+    moved = plots.interpolation_grid(found)[0, 0].lines[4].get_xydata()
+    assert (np.abs(moved - usual) <= spread + 1e-9).all()
+
+
 def test_a_grid_of_rates_over_time():
     found = grid()
     panels = plots.interpolation_grid(found, of="rates")
@@ -72,7 +83,7 @@ def test_a_grid_of_rates_over_time():
     ]
     assert len({line.get_linestyle() for line in corner.lines}) == 3
     of = found["rates"].isel(row=2, column=2).values
-    np.testing.assert_allclose(corner.lines[1].get_ydata(), of[..., 2].mean(0))
+    np.testing.assert_allclose(corner.lines[1].get_ydata(), np.median(of[..., 2], 0))
     np.testing.assert_allclose(corner.lines[1].get_xdata(), found["time"])
     band = corner.collections[0].get_paths()[0].vertices[:, 1]
     assert band.max() == pytest.approx(np.quantile(of[:, -1, 1], 0.95))
@@ -80,6 +91,10 @@ def test_a_grid_of_rates_over_time():
     assert sum(ax.get_legend() is not None for ax in panels.ravel()) == 1
     chosen = plots.interpolation_grid(found, of="rates", which=[3])
     assert [line.get_label() for line in chosen[0, 0].lines] == ["neuron 3"]
+    named = plots.interpolation_grid(found, of="rates", which=[3, 0], names=["M1", "PMd"])
+    assert [line.get_label() for line in named[0, 0].lines] == ["M1", "PMd"]
+    with pytest.raises(ValueError, match="needed 2 names, one for each neuron that is drawn, got 1"):
+        plots.interpolation_grid(found, of="rates", which=[3, 0], names=["M1"])
 
 
 def test_grids_draw_into_the_axes_given_and_refuse_what_is_none():

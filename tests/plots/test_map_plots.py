@@ -123,6 +123,10 @@ def test_fixed_points_by_place_type_and_stability():
     area = np.pi * -2 * np.log(0.1) * np.sqrt(np.linalg.det(np.cov(position[:, 0].T)))
     assert np.pi * ellipses[0].width * ellipses[0].height / 4 == pytest.approx(area)
     assert texts(ax.texts) == ["75 %, 97 % saddle"]  # 29 of 30
+    for limits, ha in (((-9, 3), "right"), ((-3, 9), "left")):
+        ax = plt.subplots()[1]
+        ax.set_xlim(*limits)
+        assert plots.fixed_points(found, ax, plane=(2, 0)).texts[0].get_ha() == ha  # towards the middle
     assert legend(ax) == ["stable node", "saddle"]
     assert (ax.get_xlabel(), ax.get_ylabel()) == ("latent 3", "latent 1")
     every = plots.fixed_points(found, least=0.0)

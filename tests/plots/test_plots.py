@@ -173,7 +173,7 @@ def test_embedding_colors():
 def test_recordings_in_one_place_share_a_label():
     tree = embeddings(5, 2)
     e = tree["posterior"]["embedding"]
-    tree = xr.DataTree.from_dict({"posterior": (e.where(e.recording == "r4", 0.01 * e)).to_dataset()})
+    tree = xr.DataTree.from_dict({"posterior": (e.where(e.recording == "r4", 0.001 * e)).to_dataset()})
     texts = {text.get_text() for text in plots.embedding(tree).texts}
     assert texts == {"r0, r1, r2 and 1 more", "r4"}
     assert not plots.embedding(tree, labels=False).texts

@@ -6,6 +6,7 @@ import pytest
 import scipy.stats
 import xarray as xr
 from matplotlib.collections import QuadMesh
+from matplotlib.text import Text
 
 import pyro_metassm as pm
 from pyro_metassm import plots
@@ -66,7 +67,9 @@ def test_a_trial_without_a_forecast(tree):
         assert band.max() == pytest.approx(np.quantile(rates, 0.95, axis=0).max())
         assert ax.get_xlim() == pytest.approx((-BIN / 2, (BINS - 0.5) * BIN))
     assert texts(axes[0].get_legend().texts) == ["observed", "reconstructed"]
-    assert axes[-1].get_xlabel() == "time (s)" and "bands: 90 % of the rate" in axes[0].get_title()
+    assert (
+        axes[-1].get_xlabel() == "time (s)" and "bands hold 90 % of the rate's draws" in axes[0].get_title()
+    )
 
 
 def test_latents_have_no_observations_and_are_chosen_by_how_much_they_vary(tree):
@@ -327,11 +330,38 @@ def test_names_of_neighbours_do_not_cover_each_other():
     e = places + 1e-4 * RNG.normal(size=(30, 5, 2))
     names = [f"a recording of a long name {k}" for k in range(5)]
     found = xr.Dataset({"embedding": (("draw", "recording", "embedding_dim"), e)}, {"recording": names})
-    for inches, apart in ((9, 5), (5, 5)):
+    for inches in (9, 5):
         figure, ax = plt.subplots(figsize=(inches, inches))
         plots.embedding(found, ax)
         figure.canvas.draw()
-        boxes = [text.get_window_extent() for text in ax.texts]
-        assert len(boxes) <= apart
+        boxes = [Text.get_window_extent(text) for text in ax.texts]  # without the line to its point
+        assert len(boxes) == 5
         assert not any(a.overlaps(b) for k, a in enumerate(boxes) for b in boxes[:k])
-        assert {ax.texts[0].xyann, ax.texts[1].xyann} == {(6, 5), (-6, 5)}  # nobody is near them
+        assert ax.texts[0].arrow_patch is None is ax.texts[1].arrow_patch  # nobody is near them
+    assert any(text.arrow_patch is not None for text in ax.texts)
+    assert not ax.get_title(loc="right")
+
+
+@pytest.mark.parametrize("color", [None, "kind", "speed"])
+def test_of_many_recordings_names_are_written_where_there_is_room(color):
+    rng = np.random.default_rng(0)
+    places = 0.3 * rng.normal(size=(40, 2))
+    e = places + 1e-4 * rng.normal(size=(30, 40, 2))
+    coords = {
+        "recording": [f"recording {k}" for k in range(40)],
+        "kind": ("recording", ["slow", "fast"] * 20),
+        "speed": ("recording", np.arange(40.0)),
+    }
+    found = xr.Dataset({"embedding": (("draw", "recording", "embedding_dim"), e)}, coords)
+    ax = plots.embedding(found, color=color)
+    ax.figure.canvas.draw()
+    boxes = [Text.get_window_extent(text) for text in ax.texts]
+    boxes += [ax.get_legend().get_window_extent()] if color == "kind" else []
+    assert 5 < len(ax.texts) < 40
+    written = sum(text.get_text().count("recording") for text in ax.texts)  # neighbours may share a label
+    assert ax.get_title(loc="right") == f"{40 - written} of 40 names left out"
+    assert not any(a.overlaps(b) for k, a in enumerate(boxes) for b in boxes[:k])
+    frame = ax.get_window_extent()
+    assert all(frame.x0 <= box.x0 and box.x1 <= frame.x1 for box in boxes)
+    dots = ax.transData.transform(e.mean(0))
+    assert not any(box.contains(*dot) for box in boxes for dot in dots)

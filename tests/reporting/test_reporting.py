@@ -119,6 +119,11 @@ def test_the_crossing_of_a_hopf_bifurcation_is_where_mu_is_0():
     (line,) = atlas.crossings(along)
     assert line.startswith("At 0.500 of the path the stability of a fixed point changes")
     stays = pm.analysis.bifurcation(found, ["b", "c"], num_points=3, num_draws=1, with_cycles=False)
+    fold = along.drop_dims("fold").assign(fold=(("draw", "fold"), [[0.25]]))
+    assert (
+        "At 0.250 of the path two fixed points meet and end, or begin (a fold); in 100 % of the draws."
+        in (atlas.crossings(fold))
+    )
     assert atlas.crossings(stays) == ["No fixed point on this path changes its stability."]
 
 
