@@ -61,15 +61,17 @@ def adapt(
 
     Only the read-in and the read-out of the new recordings are trained, and their embeddings are inferred by the frozen
     encoder (paper, section 4). (1) The start: a canonical frame from the data; the affine map from it to the fit's
-    latents is searched for from many starts that the model itself draws, by roll-outs of the frozen dynamics, with the
-    read-outs of the known recordings as a prior (:mod:`pyro_metassm.few_shot`). (2) The read-outs: a regression with
-    that prior. (3) ``num_steps`` of SVI, of counts with the read-ins of the known recordings as a prior, too.
+    latents is searched for from many starts, what the model itself draws and frames of the size of the known read-outs,
+    by roll-outs of the frozen dynamics, with these read-outs as a prior; the data's evidence chooses among the last
+    (:mod:`pyro_metassm.few_shot`). (2) The read-outs: a regression with that prior. (3) ``num_steps`` of SVI, of counts
+    with the read-ins of the known recordings as a prior, too.
 
     One trial suffices to start; whether it says enough is in ``attrs["adaptation"]`` of the result: for every recording
     ``rollout_error`` (mean squared error of roll-outs of up to 25 bins, in variances of the recording's latents: near
     the known recordings', ``fit.attrs["rollout_error"]``, where the family fits, and larger where it does not; what
     inputs do, which the roll-outs are not given, counts as error in both) and
-    ``embedding_spread`` (sd of the embeddings of the likely starts, by dimension: near 0 where the trials decide).
+    ``embedding_spread`` (sd of the embeddings of the last frames, weighted by the data's evidence, by dimension: near 0
+    where the trials decide).
 
     Args:
         fit: of :func:`pyro_metassm.fit`.
@@ -79,7 +81,7 @@ def adapt(
             "read_out" (what the model keeps of them, noise included) and "embedding". Without the first two these stay
             as the data alone suggest; with "embedding" the posterior of the embedding is free instead of inferred by
             the encoder.
-        num_starts: frames to search from.
+        num_starts: frames of each of the two kinds to search from.
         search_steps: gradient steps of the search.
         trials_per_step: trials of each recording and step of SVI; None for all.
         learning_rate: peak of the cycle of SVI.
