@@ -8,6 +8,7 @@ from torch.distributions import MultivariateNormal, kl_divergence
 import pyro_metassm as pm
 from pyro_metassm import warm_start
 from pyro_metassm.frames import RIDGE, canonical_frames
+from pyro_metassm.read_outs import write_read_outs
 from pyro_metassm.windows import TiedFrames
 
 
@@ -110,7 +111,7 @@ def test_read_outs_of_latents_predict_as_those_of_canonical_coordinates_do():
     w = torch.randn(*bins.shape, 2).double()
     with torch.no_grad():
         expected = model.read_out(w, batch.recording, batch.width)
-        read_outs.write_read_outs(model, tied.frame, tied.offset, batch)
+        write_read_outs(model, tied.frame, tied.offset, batch)
         found = model.read_out(tied.states(w), batch.recording, batch.width)
     for r, width in enumerate(batch.num_neurons):
         torch.testing.assert_close(found[r, ..., :width], expected[r, ..., :width])
