@@ -130,6 +130,23 @@ def test_draws_of_a_global_site_go_with_those_of_the_embedding():
     assert middle["position"].values[0, 0, 1] == pytest.approx(-0.06, rel=0.1)
 
 
+def test_a_single_embedding_has_the_draws_of_the_global_sites():
+    recs = pm.simulate.limit_cycles([3.0, 4.0], num_trials=4, num_steps=20)
+    model, guide = parts(recs)
+    plain = pm.fit(model, guide, recs, **QUICK)
+    fit = pm.revise(plain, recs, num_trials=4, num_rounds=1)
+    e = np.zeros(fit.model.embedding_dim)
+    found = pm.analysis.flow_field(fit, e, grid=3, num_draws=5, recs=recs)
+    assert found.sizes["draw"] == 5 and np.ptp(found["displacement"].values, axis=0).max() > 0
+    # The same draws of the last layer as beside five equal draws of the embedding.
+    same = pm.analysis.flow_field(fit, np.tile(e, (5, 1)), grid=3, num_draws=5, recs=recs)
+    np.testing.assert_array_equal(found["displacement"], same["displacement"])
+    assert pm.analysis.flow_field(fit, e, grid=3, num_draws=0, recs=recs).sizes["draw"] == 1
+    assert pm.analysis.flow_field(plain, e, grid=3, num_draws=5, recs=recs).sizes["draw"] == 1
+    along = pm.analysis.bifurcation(fit, 0, num_points=3, num_draws=4, recs=recs, with_cycles=False)
+    assert along.sizes["draw"] == 4 and np.ptp(along["embedding"].values, axis=0).max() == 0
+
+
 def test_dynamics_of_a_fit_are_those_that_its_paths_follow():
     """A learned model, in C and in float64: what is iterated is the mean of its transition."""
     model, guide = parts(recs := pm.simulate.limit_cycles([3.0, 4.0], num_trials=4, num_steps=20))

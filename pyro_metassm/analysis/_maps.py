@@ -137,7 +137,7 @@ class Source:
         fit: the fit.
         at: a recording's name or several; an embedding ``(embedding_dim,)``, draws of it ``(draw, embedding_dim)``, or
             draws at several points ``(point, draw, embedding_dim)``. A DataArray's ``chain`` and ``draw`` are one.
-        num_draws: of a recording's posterior; 0 for its mean alone.
+        num_draws: of a recording's posterior, or of the global sites beside a single embedding; 0 for means alone.
         seed: of the draws.
 
     Raises:
@@ -234,6 +234,8 @@ class Source:
             value.reshape(-1, *value.shape[-2:]) if value.ndim > 1 else value[None, None]
         )
         points = points.to(self.fit.device)
+        if value.ndim == 1 and num_draws and self.fit.guide.global_sites.medians():
+            points = points.expand(-1, num_draws, -1)  # of one embedding the global sites have draws
         places = [Place(k, None, e, e.mean(0, keepdim=True)) for k, e in enumerate(points)]
         return ("point" if value.ndim == 3 else None), places
 

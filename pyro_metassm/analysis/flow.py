@@ -45,7 +45,8 @@ def flow_field(
         plane: the two latents, or principal axes, to look at.
         principal: the plane is that of principal axes; 0 is the one of largest variance.
         recs: data that say where the dynamics have been seen.
-        num_draws: of a recording's embedding; 0 for its posterior mean alone.
+        num_draws: of a recording's embedding, and of the model's global sites (also beside a single embedding); 0 for
+            their means alone.
         seed: of the draws.
 
     Returns:

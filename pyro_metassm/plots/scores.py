@@ -93,11 +93,13 @@ def forecast_curve(
         f" of {1000 * float(scores['lead_time'][0]) / steps[0]:g} ms" if "lead_time" in scores.coords else ""
     )
     ax.set_xlabel(f"bins{bins} ahead")
+    ax.locator_params(axis="x", integer=True)
     ax.set_ylabel(label or f"forecast {what}")
     # Many entries stand beside the axes, where they cover no line.
     beside: dict[str, Any] = {"loc": "upper left", "bbox_to_anchor": (1.0, 1.0)}
-    many = not few or len(ax.get_legend_handles_labels()[0]) > MANY
-    ax.legend(frameon=False, fontsize="small", **(beside if many else {}))
+    many = len(ax.get_legend_handles_labels()[0]) > MANY
+    inside = {"frameon": not few, "framealpha": 0.9, "edgecolor": "none"}  # on many lines words need a ground
+    ax.legend(fontsize="small", **(beside | {"frameon": False} if many else inside))
     return ax
 
 

@@ -30,7 +30,8 @@ figure { margin: 1.5rem 0; overflow-x: auto; } figcaption { color: var(--dim); m
 .pictures figure { flex: 0 1 auto; max-width: 100%; margin: 1rem 0; }
 .pictures figcaption { contain: inline-size; font-size: 0.9rem; }
 .scroll { overflow-x: auto; }
-table { border-collapse: collapse; margin: 1rem 0; } th, td { padding: 0.25rem 0.9rem; text-align: right; }
+table { border-collapse: collapse; margin: 1rem 0; font-size: 0.92em; }
+th, td { padding: 0.25rem 0.7rem; text-align: right; }
 td { white-space: nowrap; } td:first-child { white-space: normal; min-width: 12rem; }
 th:first-child, td:first-child { text-align: left; } th { border-bottom: 2px solid var(--ink); vertical-align: bottom; }
 tr:nth-child(even) td { background: var(--stripe); }

@@ -41,7 +41,9 @@ def facts(asked: Asked) -> list[tuple[str, str]]:
     fit, model = asked.fit, asked.fit.model
     config = dict(model.config)
     family = getattr(config.pop("likelihood", None), "__name__", type(model.observation).__name__)
-    sizes = ", ".join(f"{key.replace('_', ' ')} {value}" for key, value in config.items())
+    sizes = ", ".join(
+        f"{key.replace('_', ' ')} {getattr(value, '__name__', value)}" for key, value in config.items()
+    )
     neurons = model.neurons.num_neurons
     rows = [
         ("model", f"{type(model).__name__}, fitted with the guide {type(fit.guide).__name__}"),
