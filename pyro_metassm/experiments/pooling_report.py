@@ -80,7 +80,9 @@ def _mean(pairs: Sequence[Sequence[Sequence[float]]]) -> list[list[float]]:
     return [np.mean([pair[0] for pair in pairs], 0).tolist(), list(pairs[0][1])]
 
 
-def verdicts(pooled: Sequence[Row], adapted: Sequence[Row], few: Sequence[Row] = ()) -> list[str]:
+def verdicts(
+    pooled: Sequence[Row], adapted: Sequence[Row], few: Sequence[Row] = (), tuned: Sequence[Row] = ()
+) -> list[str]:
     """Whether pooling paid, in words with the numbers; and where it did not."""
     lines = []
     if pooled:
@@ -95,14 +97,18 @@ def verdicts(pooled: Sequence[Row], adapted: Sequence[Row], few: Sequence[Row] =
             f"The same with {trials} trials of every recording, mean over {len(of)}: {_mean_difference(of)} bits per "
             "spike."
         )
-    enough = [row for row in adapted if row["trials"] == ENOUGH]
-    if enough:
-        won = [row for row in enough if row["difference"] > 0]
-        lines.append(
-            f"Adapted with {ENOUGH} trials against {ENOUGH} trials from scratch: better in {len(won)} of "
-            f"{len(enough)} held-out recordings."
-        )
-        lines += [_against(row, "adapting does not help") for row in enough if row["difference"] <= 0]
+    for what, verb, of in (
+        ("Adapted", "adapting", adapted),
+        ("Adapted and fine-tuned", "fine-tuning", tuned),
+    ):
+        enough = [row for row in of if row["trials"] == ENOUGH]
+        if enough:
+            won = [row for row in enough if row["difference"] > 0]
+            lines.append(
+                f"{what} with {ENOUGH} trials against {ENOUGH} trials from scratch: better in {len(won)} of "
+                f"{len(enough)} held-out recordings."
+            )
+            lines += [_against(row, f"{verb} does not help") for row in enough if row["difference"] <= 0]
     return lines
 
 
@@ -142,19 +148,17 @@ def write(
     found = scores(rows)
     fits = [row for row in rows if row["piece"] in ("pooled", "single")]
     pooled = differences(fits, "pooled", "single recording")
-    adapted = differences(
-        [row for row in rows if row["piece"] in ("adapted", "scratch")],
-        "adapted",
-        "from scratch",
-        ("recording", "trials"),
+    adapted, tuned, few = (
+        differences(
+            [row for row in rows if row["piece"] in (piece, "scratch")],
+            method,
+            "from scratch",
+            ("recording", "trials"),
+        )
+        for piece, method in (("adapted", "adapted"), ("tuned", "fine-tuned"), ("few", "few pooled"))
     )
-    few = differences(
-        [row for row in rows if row["piece"] in ("few", "scratch")],
-        "few pooled",
-        "from scratch",
-        ("recording", "trials"),
-    )
-    written = {"scores.csv": found, "pooling.csv": pooled, "few.csv": few, "adaptation.csv": adapted}
+    written = {"scores.csv": found, "pooling.csv": pooled, "few.csv": few}
+    written |= {"adaptation.csv": adapted, "tuning.csv": tuned}
     written = {name: of for name, of in written.items() if of}
     for name, of in written.items():
         tables.write(out / name, of)
@@ -162,7 +166,8 @@ def write(
     report.save_figure(bars(found), out / "scores.png")
     if adapted:
         shown["adaptation.png"] = (
-            "Held-out recordings: adapted, and from scratch, against the number of trials"
+            "Held-out recordings: adapted, all of that trained on (fine-tuned), and from scratch, against the number "
+            "of trials"
         )
         report.save_figure(curves(adapted, found), out / "adaptation.png")
     if few:
@@ -171,7 +176,7 @@ def write(
             "(last: all)"
         )
         report.save_figure(gains(few, pooled, found), out / "few.png")
-    lines = verdicts(pooled, adapted, few)
+    lines = verdicts(pooled, adapted, few, tuned)
     data = [
         {
             "recording": name,
@@ -196,6 +201,8 @@ def write(
         page.table(few),
         page.heading("Adapted and from scratch, bits per spike"),
         page.table(adapted),
+        page.heading("Adapted and fine-tuned, and from scratch, bits per spike"),
+        page.table(tuned),
         *(page.figure(name, caption) for name, caption in (shown | dict(captions)).items()),
         page.heading("All scores"),
         page.table(means(found)),
@@ -207,6 +214,7 @@ def write(
         "pooling": pooled,
         "few": few,
         "adaptation": adapted,
+        "tuning": tuned,
         "data": data,
         "settings": dict(settings),
     }
@@ -273,7 +281,7 @@ def curves(adapted: Sequence[Row], found: Sequence[Row]) -> Figure:
     figure, axes = plt.subplots(*shape, figsize=(3.6 * len(names), 6), squeeze=False, layout="constrained")
     for column, name in zip(axes.T, names, strict=True):
         for ax, score in zip(column, ("co_bps", "fp_bps"), strict=True):
-            for color, method in zip(PALETTE, ("adapted", "from scratch"), strict=False):
+            for color, method in zip(PALETTE, ("adapted", "from scratch", "fine-tuned"), strict=False):
                 of = [r for r in found if (r["recording"], r["method"]) == (name, method)]
                 shots = sorted({r["trials"] for r in of})
                 value, error = (
