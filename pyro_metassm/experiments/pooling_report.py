@@ -98,11 +98,11 @@ def verdicts(
             f"The same with {trials} trials of every recording, mean over {len(of)}: {_mean_difference(of)} bits per "
             "spike."
         )
-    for what, verb, of in (
+    for what, verb, found in (
         ("Adapted", "adapting", adapted),
         ("Adapted and fine-tuned", "fine-tuning", tuned),
     ):
-        enough = [row for row in of if row["trials"] == ENOUGH]
+        enough = [row for row in found if row["trials"] == ENOUGH]
         if enough:
             won = [row for row in enough if row["difference"] > 0]
             lines.append(
