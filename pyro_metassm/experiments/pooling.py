@@ -51,9 +51,10 @@ class Setting:
         latent_dim, embedding_dim, rank, hidden_dim: of the model.
         neuron_dropout: of the guide.
         num_steps, warm_start_steps, trials_per_step, learning_rate: of fits to all trials, pooled and alone. The rate
-            is high: at a quarter of it, the pooled model has learned less than the others when the steps are over.
-        scratch_steps, scratch_learning_rate: of fits to few trials, pooled and alone: more of them learn these by heart
-            (on validation trials, fits from 16 trials are best after one to two hundred).
+            is high and the steps are many because what is shared learns slowly: at a quarter of the rate, or in half
+            of the steps, the pooled model has learned less of its training trials than the others have.
+        scratch_steps, scratch_learning_rate: of fits to few trials, pooled, alone and from an adapted fit: more of them
+            learn these by heart (on validation trials, fits from 16 trials are best after one to two hundred).
         adapt_steps, adapt_learning_rate, num_starts, search_steps: of adaptations. With the few counts of real trials
             the read-outs need ten times the usual steps and a higher rate, and forecasts more than reconstructions.
         shots: numbers of trials to adapt with.
@@ -69,7 +70,7 @@ class Setting:
     rank: int = 1
     hidden_dim: int = 64
     neuron_dropout: float = 0.3
-    num_steps: int = 600
+    num_steps: int = 1200
     warm_start_steps: int = 300
     trials_per_step: int = 32
     learning_rate: float = 2e-2
@@ -108,9 +109,9 @@ def run(
         say: is told of every finished piece.
 
     Returns:
-        rows: ``plan`` (empty where there is none), ``seed``, ``piece`` ("pooled", "adapted", "single", "scratch",
-        "few", "baselines"), ``trials`` (of the recording, that were learned from), ``recording``, ``method`` and what
-        :func:`score` gives.
+        rows: ``plan`` (empty where there is none), ``seed``, ``piece`` ("pooled", "adapted", "tuned", "single",
+        "scratch", "few", "baselines"), ``trials`` (of the recording, that were learned from), ``recording``,
+        ``method`` and what :func:`score` gives.
     """
     train, test = recs.split(setting.test_fraction, seed=0)
     if setting.validate:
@@ -140,6 +141,8 @@ def run(
             for shots in setting.shots:
                 make = partial(data.adapted, plan, seed, shots, folder)
                 do(f"{folder.name}/adapted-{shots}", plan.name, seed, make)
+                make = partial(data.tuned, plan, seed, shots, folder)
+                do(f"{folder.name}/tuned-{shots}", plan.name, seed, make)
         for number, name in enumerate(recs):
             if any(name in plan.pooled for plan in plans):
                 do(f"alone-seed{seed}/{number}", "", seed, partial(data.alone, name, seed))
@@ -219,6 +222,23 @@ class _Data:
         )
         fit.save(folder / f"adapted-{shots}")
         return self._rows(fit, few, plan.held_out, "adapted", "adapted")
+
+    def tuned(self, plan: Plan, seed: int, shots: int, folder: Path) -> list[dict]:
+        """The adapted fit, all of it trained on with the same trials: what is shared is the pool's no longer."""
+        setting, few = self.setting, self.train.select(plan.held_out).take_trials(shots, seed=seed)
+        start = saving.load(folder / f"adapted-{shots}")
+        fit = train_fit(
+            start.model,
+            start.guide,
+            few,
+            num_steps=setting.scratch_steps,
+            warm_start=False,
+            trials_per_step=setting.trials_per_step,
+            learning_rate=setting.scratch_learning_rate,
+            seed=seed,
+            progress=False,
+        )
+        return self._rows(fit, few, plan.held_out, "tuned", "fine-tuned")
 
     def alone(self, name: str, seed: int) -> list[dict]:
         """One recording alone, whatever the plans that pool it."""

@@ -23,6 +23,7 @@ NAMES = {
     "velocity": "velocity_r2",
     "forecast_velocity": "forecast_velocity_r2",
 }
+LEFT = -0.3  # of the pictures of scores: what is worse says only that it is bad
 ENOUGH = 16  # trials from which adaptation is to beat training from scratch
 Row = dict[str, Any]
 
@@ -80,7 +81,9 @@ def _mean(pairs: Sequence[Sequence[Sequence[float]]]) -> list[list[float]]:
     return [np.mean([pair[0] for pair in pairs], 0).tolist(), list(pairs[0][1])]
 
 
-def verdicts(pooled: Sequence[Row], adapted: Sequence[Row], few: Sequence[Row] = ()) -> list[str]:
+def verdicts(
+    pooled: Sequence[Row], adapted: Sequence[Row], few: Sequence[Row] = (), tuned: Sequence[Row] = ()
+) -> list[str]:
     """Whether pooling paid, in words with the numbers; and where it did not."""
     lines = []
     if pooled:
@@ -95,14 +98,18 @@ def verdicts(pooled: Sequence[Row], adapted: Sequence[Row], few: Sequence[Row] =
             f"The same with {trials} trials of every recording, mean over {len(of)}: {_mean_difference(of)} bits per "
             "spike."
         )
-    enough = [row for row in adapted if row["trials"] == ENOUGH]
-    if enough:
-        won = [row for row in enough if row["difference"] > 0]
-        lines.append(
-            f"Adapted with {ENOUGH} trials against {ENOUGH} trials from scratch: better in {len(won)} of "
-            f"{len(enough)} held-out recordings."
-        )
-        lines += [_against(row, "adapting does not help") for row in enough if row["difference"] <= 0]
+    for what, verb, found in (
+        ("Adapted", "adapting", adapted),
+        ("Adapted and fine-tuned", "fine-tuning", tuned),
+    ):
+        enough = [row for row in found if row["trials"] == ENOUGH]
+        if enough:
+            won = [row for row in enough if row["difference"] > 0]
+            lines.append(
+                f"{what} with {ENOUGH} trials against {ENOUGH} trials from scratch: better in {len(won)} of "
+                f"{len(enough)} held-out recordings."
+            )
+            lines += [_against(row, f"{verb} does not help") for row in enough if row["difference"] <= 0]
     return lines
 
 
@@ -142,19 +149,17 @@ def write(
     found = scores(rows)
     fits = [row for row in rows if row["piece"] in ("pooled", "single")]
     pooled = differences(fits, "pooled", "single recording")
-    adapted = differences(
-        [row for row in rows if row["piece"] in ("adapted", "scratch")],
-        "adapted",
-        "from scratch",
-        ("recording", "trials"),
+    adapted, tuned, few = (
+        differences(
+            [row for row in rows if row["piece"] in (piece, "scratch")],
+            method,
+            "from scratch",
+            ("recording", "trials"),
+        )
+        for piece, method in (("adapted", "adapted"), ("tuned", "fine-tuned"), ("few", "few pooled"))
     )
-    few = differences(
-        [row for row in rows if row["piece"] in ("few", "scratch")],
-        "few pooled",
-        "from scratch",
-        ("recording", "trials"),
-    )
-    written = {"scores.csv": found, "pooling.csv": pooled, "few.csv": few, "adaptation.csv": adapted}
+    written = {"scores.csv": found, "pooling.csv": pooled, "few.csv": few}
+    written |= {"adaptation.csv": adapted, "tuning.csv": tuned}
     written = {name: of for name, of in written.items() if of}
     for name, of in written.items():
         tables.write(out / name, of)
@@ -162,7 +167,8 @@ def write(
     report.save_figure(bars(found), out / "scores.png")
     if adapted:
         shown["adaptation.png"] = (
-            "Held-out recordings: adapted, and from scratch, against the number of trials"
+            "Held-out recordings: adapted, all of that trained on (fine-tuned), and from scratch, against the number "
+            "of trials"
         )
         report.save_figure(curves(adapted, found), out / "adaptation.png")
     if few:
@@ -171,7 +177,7 @@ def write(
             "(last: all)"
         )
         report.save_figure(gains(few, pooled, found), out / "few.png")
-    lines = verdicts(pooled, adapted, few)
+    lines = verdicts(pooled, adapted, few, tuned)
     data = [
         {
             "recording": name,
@@ -196,6 +202,8 @@ def write(
         page.table(few),
         page.heading("Adapted and from scratch, bits per spike"),
         page.table(adapted),
+        page.heading("Adapted and fine-tuned, and from scratch, bits per spike"),
+        page.table(tuned),
         *(page.figure(name, caption) for name, caption in (shown | dict(captions)).items()),
         page.heading("All scores"),
         page.table(means(found)),
@@ -207,6 +215,7 @@ def write(
         "pooling": pooled,
         "few": few,
         "adaptation": adapted,
+        "tuning": tuned,
         "data": data,
         "settings": dict(settings),
     }
@@ -230,35 +239,37 @@ def _or_none(value: Any) -> float | None:
 
 
 def bars(found: Sequence[Row]) -> Figure:
-    """A panel for each score: recordings, a bar for each method (adaptations: the most trials)."""
+    """A panel for each score: recordings, a bar for each method that they have (adaptations: the most trials)."""
     import matplotlib.pyplot as plt
 
     used = [name for name in NAMES.values() if any(np.isfinite(row[name]) for row in found)]
     methods = list(dict.fromkeys(row["method"] for row in found))
     names = list(dict.fromkeys(row["recording"] for row in found))
-    height = 1.2 + 0.13 * len(names) * len(methods)
+    pairs = {(row["recording"], row["method"]) for row in found}
+    groups = [[(name, method) for method in methods if (name, method) in pairs] for name in names]
+    rows = [pair for group in groups for pair in [*group, None]][:-1]  # an empty row between recordings
+    middles = [(rows.index(group[0]) + rows.index(group[-1])) / 2 for group in groups]
     figure, axes = plt.subplots(
-        1, len(used), figsize=(4 * len(used), height), squeeze=False, layout="constrained"
+        1, len(used), figsize=(4 * len(used), 1.0 + 0.15 * len(rows)), squeeze=False, layout="constrained"
     )
     for ax, score in zip(axes[0], used, strict=True):
-        for m, method in enumerate(methods):
-            for n, name in enumerate(names):
-                of = [r for r in found if (r["method"], r["recording"]) == (method, name)]
-                most = max((r["trials"] for r in of), default=0)
-                of = [r for r in of if r["trials"] == most and np.isfinite(r[score])]
-                if of:
-                    value, error = (float(np.mean([r[k] for r in of])) for k in (score, f"{score}_se"))
-                    at = n + (m - (len(methods) - 1) / 2) * 0.8 / len(methods)
-                    color = f"C{m % 10}"
-                    ax.barh(
-                        at, value, 0.75 / len(methods), xerr=error, color=color, error_kw={"linewidth": 0.8}
-                    )
+        left = min(0.0, *(row[score] for row in found if np.isfinite(row[score])))
+        left = max(1.1 * left, LEFT)
+        for at, pair in enumerate(rows):
+            of = [row for row in found if (row["recording"], row["method"]) == pair]
+            most = max((row["trials"] for row in of), default=0)
+            of = [row for row in of if row["trials"] == most and np.isfinite(row[score])]
+            if of and pair:
+                value, error = (float(np.mean([row[key] for row in of])) for key in (score, f"{score}_se"))
+                color = f"C{methods.index(pair[1]) % 10}"
+                ax.barh(at, value, 0.9, xerr=error, color=color, error_kw={"linewidth": 0.8})
+                if value < left:  # the bar leaves the picture
+                    ax.text(left, at, f" {value:.2f}", va="center", fontsize="x-small", color="white")
         ax.set_xlabel(score)
-        ax.set_yticks(range(len(names)), names if ax is axes[0, 0] else [""] * len(names), fontsize="small")
-        ax.invert_yaxis()
+        ax.set_yticks(middles, names if ax is axes[0, 0] else [""] * len(names), fontsize="small")
+        ax.set_ylim(len(rows), -1)
         ax.axvline(0.0, color="0.6", linewidth=0.8)
-        low = min((row[score] for row in found if np.isfinite(row[score])), default=0.0)
-        ax.set_xlim(left=max(low * 1.1, -0.3) if low < 0 else 0.0)
+        ax.set_xlim(left=left)
     handles = [plt.Rectangle((0, 0), 1, 1, color=f"C{m % 10}") for m in range(len(methods))]
     figure.legend(handles, methods, loc="outside right upper", frameon=False, fontsize="small")
     return figure
@@ -273,19 +284,23 @@ def curves(adapted: Sequence[Row], found: Sequence[Row]) -> Figure:
     figure, axes = plt.subplots(*shape, figsize=(3.6 * len(names), 6), squeeze=False, layout="constrained")
     for column, name in zip(axes.T, names, strict=True):
         for ax, score in zip(column, ("co_bps", "fp_bps"), strict=True):
-            for color, method in zip(PALETTE, ("adapted", "from scratch"), strict=False):
+            for place, method in enumerate(("adapted", "from scratch", "fine-tuned")):
                 of = [r for r in found if (r["recording"], r["method"]) == (name, method)]
                 shots = sorted({r["trials"] for r in of})
                 value, error = (
                     [float(np.mean([r[key] for r in of if r["trials"] == n])) for n in shots]
                     for key in (score, f"{score}_se")
                 )
-                ax.errorbar(shots, value, error, marker="o", markersize=3, color=color, label=method)
+                beside = [n * 2 ** (0.08 * (place - 1)) for n in shots]  # errors do not hide each other
+                ax.errorbar(
+                    beside, value, error, marker="o", markersize=3, color=PALETTE[place], label=method
+                )
             single = [r[score] for r in found if (r["recording"], r["method"]) == (name, "single recording")]
             if single:
                 ax.axhline(float(np.mean(single)), color="black", linestyle=":", label="alone, all trials")
             ax.set_xscale("log", base=2)
             ax.set_xticks(shots, [str(n) for n in shots])
+            ax.set_xlim(shots[0] * 0.75, shots[-1] / 0.75)
             ax.axhline(0.0, color="0.6", linewidth=0.8)
             ax.set_ylabel(score)
         column[0].set_title(name, fontsize="small")
@@ -297,6 +312,7 @@ def curves(adapted: Sequence[Row], found: Sequence[Row]) -> Figure:
 def gains(few: Sequence[Row], pooled: Sequence[Row], found: Sequence[Row]) -> Figure:
     """Pooled minus alone against the number of trials, a panel for co-smoothing and one for forecasts."""
     import matplotlib.pyplot as plt
+    from matplotlib.ticker import ScalarFormatter
 
     every = {
         row["recording"]: row["trials"] for row in found if row["method"] == "single recording"
@@ -315,7 +331,9 @@ def gains(few: Sequence[Row], pooled: Sequence[Row], found: Sequence[Row]) -> Fi
             ax.errorbar(trials, value, error, marker="o", markersize=3, color=color, label=name)
         ax.axhline(0.0, color="0.6", linewidth=0.8)
         ax.set_xscale("log", base=2)
+        ax.xaxis.set_major_formatter(ScalarFormatter())
         ax.set_xlabel("trials of every recording")
-        ax.set_ylabel(f"pooled minus alone, {label} (bits per spike)")
+        ax.set_ylabel("pooled minus alone (bits per spike)")
+        ax.set_title(label, fontsize="small")
     axes[0].legend(frameon=False, fontsize="small")
     return figure

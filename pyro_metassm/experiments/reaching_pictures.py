@@ -48,7 +48,8 @@ def draw(recs: Recordings, plans: Sequence[Plan], setting: Setting, seed: int, o
         averaged_latents(tree, shown, name, ax)
     report.save_figure(figure, out / "latents.png")
     captions["latents.png"] = (
-        "Latents of test trials averaged by condition, in their first two principal components"
+        "Latents of test trials averaged by condition (a colour each), in their first two principal components; "
+        "dots are the first bins"
     )
 
     name = plan.held_out[0]
