@@ -49,7 +49,7 @@ def adapt(
     num_steps: int = 50,
     train: Collection[str] = ("read_in", "read_out"),
     num_starts: int = 1024,
-    search_steps: int = 300,
+    search_steps: int = 150,
     trials_per_step: int | None = 32,
     learning_rate: float = 3e-3,
     likelihood: type[Likelihood] | Mapping[str, type[Likelihood]] | None = None,

@@ -43,7 +43,7 @@ class Steps:
     learning_rate: float = 1e-2
     rollout_probability: float = 0.8
     num_starts: int = 1024
-    search_steps: int = 300
+    search_steps: int = 150
     adapt_steps: int = 50
     plain_steps: int = 600
     plain_learning_rate: float = 1e-3
