@@ -251,7 +251,7 @@ class _Search(TiedFrames):
         if evidence is None:
             return log_weight
         known = evidence + self.known.log_prob(e) + self.log_prior()
-        finite = evidence.isfinite()
+        finite = known.isfinite()
         return known.where(finite, -torch.inf).where(finite.any(0), log_weight)
 
     def _length(self) -> int:
