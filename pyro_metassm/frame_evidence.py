@@ -75,7 +75,8 @@ def _of_recordings(model, view: SimpleNamespace, e: Tensor, z: Tensor, batch: Ba
             return z.new_full((1,), -torch.inf)
     rows = [slice(r, r + 1) for r in range(len(z))]
     alone = [_of_recordings(model, view, e[row], z[row], _alone(batch, row)) for row in rows]
-    return torch.cat([z.new_full((1,), -torch.inf) if x is None else x.to(z) for x in alone])
+    found = [x.to(z) for x in alone if x is not None]
+    return torch.cat(found) if len(found) == len(z) else None
 
 
 def _alone(batch: Batch, row: slice) -> Batch:
