@@ -68,9 +68,7 @@ def _of_recordings(model, view: SimpleNamespace, e: Tensor, z: Tensor, batch: Ba
         return None
     try:
         return log_evidence(view, chain, smoothed(view, chain, z, batch), batch).sum(-1)
-    except (
-        torch.linalg.LinAlgError
-    ):  # in one of the frames no path is likely; the other recordings' may be good
+    except torch.linalg.LinAlgError:  # one of the frames has no likely path; others' may be good
         if len(z) == 1:
             return z.new_full((1,), -torch.inf)
     rows = [slice(r, r + 1) for r in range(len(z))]
@@ -96,7 +94,7 @@ def _alone(batch: Batch, row: slice) -> Batch:
     )
 
 
-def normal_chain(prior: MarkovPath, z: Tensor) -> Chain | None:
+def normal_chain(prior: TorchDistribution, z: Tensor) -> Chain | None:
     """A prior of paths as a chain of Normal steps, ``z_{t+1} ~ Normal(f(z_t), W^-1)``, for trials ``(R, K)``.
 
     Its steps are the model's own, with their inputs and what a subclass made of them. Bins after a trial's end hang on
@@ -107,10 +105,12 @@ def normal_chain(prior: MarkovPath, z: Tensor) -> Chain | None:
         z: paths ``(R, K, T, latent_dim)`` near which it is needed.
 
     Returns:
-        None where the first state or the steps are not Normal, where a recording's trials differ in their first state,
-        or where the noise is not the same at all of these states.
+        None where it is no :class:`MarkovPath`, where the first state or the steps are not Normal, where a recording's
+        trials differ in their first state, or where the noise is not the same at all of these states.
     """
     num_recordings, num_trials, num_bins, dim = z.shape
+    if not isinstance(prior, MarkovPath):
+        return None
     first = _moments(prior.initial)
     if first is None:
         return None
