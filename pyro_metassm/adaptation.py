@@ -62,9 +62,10 @@ def adapt(
     Only the read-in and the read-out of the new recordings are trained, and their embeddings are inferred by the frozen
     encoder (paper, section 4). (1) The start: a canonical frame from the data; the affine map from it to the fit's
     latents is searched for from many starts, what the model itself draws and frames of the size of the known read-outs,
-    by roll-outs of the frozen dynamics, with these read-outs as a prior; the data's evidence chooses among the last
-    (:mod:`pyro_metassm.few_shot`). (2) The read-outs: a regression with that prior. (3) ``num_steps`` of SVI, of counts
-    with the read-ins of the known recordings as a prior, too.
+    by roll-outs of the frozen dynamics, with these read-outs as a prior; the data's evidence chooses among the last,
+    where observations are of single neurons and steps are Normal (:mod:`pyro_metassm.few_shot`). (2) The read-outs: a
+    regression with that prior. (3) ``num_steps`` of SVI, of counts with the read-ins of the known recordings as a
+    prior, too.
 
     One trial suffices to start; whether it says enough is in ``attrs["adaptation"]`` of the result: for every recording
     ``rollout_error`` (mean squared error of roll-outs of up to 25 bins, in variances of the recording's latents: near

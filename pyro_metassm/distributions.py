@@ -216,7 +216,7 @@ class RolloutPath(TorchDistribution):
         Bin by bin analytic where the prior's factor is Normal, the sampled log ratio where it is not.
         """
         successor = prior.into(slice(1, None), value[..., :-1, :]) if prior.num_steps > 1 else None
-        if _is_normal(prior.initial) and (successor is None or _is_normal(successor)):
+        if is_normal(prior.initial) and (successor is None or is_normal(successor)):
             kl = self._kl_of_normals(prior.initial.base_dist, successor and successor.base_dist)
         else:
             first = _kl_or_sampled(self._encoder(0), prior.initial, value[..., 0, :])
@@ -246,7 +246,7 @@ class RolloutPath(TorchDistribution):
         return dist.Normal(self.loc[..., bins, :], self.scale[..., bins, :]).to_event(1)
 
 
-def _is_normal(x: TorchDistribution) -> bool:
+def is_normal(x: TorchDistribution) -> bool:
     """Independent Normals over a vector, and nothing that was made of them."""
     return (
         isinstance(x, torch.distributions.Independent)

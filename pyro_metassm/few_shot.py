@@ -8,15 +8,14 @@ latents, ``latent_dim (latent_dim + 1)`` numbers whatever the number of neurons.
    which hold where the trials have hardly left rest;
 2. the likely ones are improved by gradient: roll-outs of the frozen dynamics, at the embedding that the frozen encoder
    infers, against the data, with the read-outs of the known recordings as a prior;
-3. of the last few that is taken for which the data have most evidence (:mod:`~pyro_metassm.frame_evidence`); how far
-   the others lie from it is reported.
+3. of the last few that is taken for which the data have most evidence (:mod:`~pyro_metassm.frame_evidence`), or that
+   rolls out best where the model has no such evidence; how far the others lie from it is reported.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import pyro
 import torch
@@ -89,26 +88,33 @@ def search(
     """
     arguments = (model, guide, frames, bins, rows, batch.recording, prior, embeddings)
 
-    def simulated(number: int) -> tuple[Tensor, Tensor]:
-        return simulated_starts(model, frames.coordinates, bins, embeddings, number, rng)
+    def simulated(number: int) -> _Search:
+        frame, offset = simulated_starts(model, frames.coordinates, bins, embeddings, number, rng)
+        return _Search(*arguments, frame=frame, offset=offset)
 
-    def by_read_outs(number: int) -> tuple[Tensor, Tensor]:
-        return starts_by_read_outs(rows, prior, number, rng)
+    def by_read_outs(number: int) -> _Search:
+        frame, offset = starts_by_read_outs(rows, prior, number, rng)
+        return _Search(*arguments, frame=frame, offset=offset)
 
+    at_once = _starts_at_once(frames, bins)
     with pyro.validation_enabled(False):  # a start may lie anywhere
         # Apart until they have moved: before, the one that is right may look the worse.
-        kinds = [_screened(arguments, of, num_starts, rng) for of in (simulated, by_read_outs)]
+        kinds = [_screened(of, num_starts, at_once, rng) for of in (simulated, by_read_outs)]
         for number, (kept, num_windows, rate) in enumerate(STAGES):
             if number == len(STAGES) - 1:
                 kinds = [kinds[0].joined(kinds[1])]
             steps = (num_steps + len(STAGES) - 1 - number) // len(STAGES)
             for problem in kinds:
-                problem.keep(min(kept, len(problem.frame)), rng)
-                tell = on_step if problem is kinds[0] else _not_told
+                problem.keep(kept, rng)
+                # A step of both kinds is told once.
+                tell = on_step if problem is kinds[0] else lambda error: None
                 problem.run(steps, num_windows, rate, rng, tell, grow=number == 0)
         (problem,) = kinds
-        log_weight, error, e = problem.keep(len(problem.frame), rng)
-        log_weight = problem.known_better(log_weight, e, frames, batch)
+        log_weight, error, e = problem.keep(kept, rng)
+        evidence = of_frames(model, guide, frames, problem, bins, batch)
+        if evidence is not None:
+            known = evidence + problem.known.log_prob(e) + problem.log_prior().detach()
+            log_weight = _in_place_of(log_weight, known)
     best = log_weight.argmax(0), torch.arange(log_weight.shape[1], device=log_weight.device)
     # The likeliest as zero: squares of small differences.
     weight, e = log_weight.softmax(0).unsqueeze(-1), (e - e[best]).nan_to_num()
@@ -117,24 +123,26 @@ def search(
     return Found(problem.frame[best].detach(), problem.offset[best].detach(), error, spread)
 
 
-def _not_told(error: float) -> None:
-    """The steps of the second kind of starts are taken within those of the first."""
+def _in_place_of(log_weight: Tensor, better: Tensor) -> Tensor:
+    """The ``better`` log weights ``(S, R)`` of every recording for which any of them is finite."""
+    finite = better.isfinite()
+    return better.where(finite, -torch.inf).where(finite.any(0), log_weight)
 
 
-def _screened(
-    arguments: tuple[Any, ...], of: Callable[[int], tuple[Tensor, Tensor]], number: int, rng: torch.Generator
-) -> _Search:
-    """The likeliest of a number of starts, judged a few at a time."""
-    _, _, frames, bins, *_ = arguments
-    kept, width = STAGES[0][0], 64  # of the encoders' hidden layers, about
+def _starts_at_once(frames: Frames, bins: Tensor) -> int:
+    """Starts that are judged at a time, for the memory."""
+    width = 64  # of the encoders' hidden layers, about
     per_start = max(bins.shape[0] * ENCODED * width, 8 * SIMULATED * frames.coordinates[0, 0].numel())
-    at_once = max(1, ELEMENTS // per_start)
+    return max(1, ELEMENTS // per_start)
+
+
+def _screened(starts: Callable[[int], _Search], number: int, at_once: int, rng: torch.Generator) -> _Search:
+    """The likeliest of a number of starts, judged a few at a time."""
     problem: _Search | None = None
     for first in range(0, number, at_once):
-        frame, offset = of(min(at_once, number - first))
-        more = _Search(*arguments, frame=frame, offset=offset)
+        more = starts(min(at_once, number - first))
         problem = more if problem is None else problem.joined(more)
-        problem.keep(min(kept, len(problem.frame)), rng)
+        problem.keep(STAGES[0][0], rng)
     assert problem is not None
     return problem
 
@@ -236,23 +244,17 @@ class _Search(TiedFrames):
 
     @torch.no_grad()
     def keep(self, number: int, rng: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
-        """Keep the likeliest starts of every recording, best first; their log weights, errors and embeddings."""
+        """Keep the likeliest starts of every recording, best first; their log weights, errors and embeddings.
+
+        ``number`` of them at most; the last few are judged by more windows.
+        """
+        number = min(number, len(self.frame))
         error, e = self.errors(SCREENED * 4 if number <= STAGES[-1][0] else SCREENED, self._length(), rng)
         log_weight, best = self.log_weight(error, e).nan_to_num(nan=-torch.inf).topk(number, 0)
         columns = torch.arange(self.frame.shape[1], device=best.device)
         self.frame = torch.nn.Parameter(self.frame[best, columns])
         self.offset = torch.nn.Parameter(self.offset[best, columns])
         return log_weight, error[best, columns], e[best, columns]
-
-    @torch.no_grad()
-    def known_better(self, log_weight: Tensor, e: Tensor, frames: Frames, batch: Batch) -> Tensor:
-        """Log weights ``(S, R)``: evidence of the data in place of the errors of roll-outs, where there is any."""
-        evidence = of_frames(*self.parts, frames, self, self.windows.bins, batch)
-        if evidence is None:
-            return log_weight
-        known = evidence + self.known.log_prob(e) + self.log_prior()
-        finite = evidence.isfinite()
-        return known.where(finite, -torch.inf).where(finite.any(0), log_weight)
 
     def _length(self) -> int:
         return growing(1.0, self.windows.longest)

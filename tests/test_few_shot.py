@@ -293,6 +293,29 @@ def test_starts_that_lead_nowhere_do_no_harm(fit, monkeypatch):
     assert all(x.isfinite().all() for x in (found.frame, found.offset, found.error, found.embedding_spread))
 
 
+def test_the_last_word_is_the_evidences_where_there_is_any(fit, monkeypatch):
+    """Of one recording it prefers the fourth of the last, of the other it has nothing to say."""
+    recs = family.recordings([1.4, 1.0], num_trials=2, num_bins=20, prefix="new ")
+    arguments, _ = problem(fit, recs)
+    given = []
+
+    def evidence(model, guide, frames, tied, bins, batch):
+        given.append(tied.frame.detach())
+        found = torch.full(tied.frame.shape[:2], -torch.inf).double()
+        found[1, 0], found[3, 0], found[2, 0] = 0.0, 1e6, torch.nan
+        return found
+
+    with monkeypatch.context() as patch:
+        patch.setattr(few_shot, "of_frames", evidence)
+        found = searched(fit, arguments, num_starts=9, num_steps=3)
+        patch.setattr(few_shot, "of_frames", lambda *_: None)
+        without = searched(fit, arguments, num_starts=9, num_steps=3)
+    assert torch.equal(found.frame[0], given[0][3, 0]) and found.embedding_spread[0].max() == 0
+    assert torch.equal(found.frame[1], without.frame[1]) and torch.equal(found.frame[1], given[0][0, 1])
+    assert torch.equal(found.embedding_spread[1], without.embedding_spread[1])
+    assert torch.equal(without.frame[0], given[0][0, 0])
+
+
 def test_without_two_bins_in_a_row_there_is_no_error_to_tell(fit):
     recs = family.recordings([1.4, 1.0], num_trials=2, num_bins=8, prefix="new ")
     alone = recs["new 1"].observations.copy()

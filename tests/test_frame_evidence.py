@@ -5,6 +5,7 @@ from types import SimpleNamespace
 
 import known_family as family
 import numpy as np
+import pyro.distributions as dist
 import pytest
 import torch
 from scipy.stats import multivariate_normal
@@ -16,6 +17,7 @@ from pyro_metassm.frames import Frames
 from pyro_metassm.neurons import NeuronTable
 from pyro_metassm.read_outs import ReadOutPrior, common_shift, second_moments
 from pyro_metassm.rebuilding import for_recordings
+from pyro_metassm.teaching import stretch
 from pyro_metassm.windows import TiedFrames
 
 TURN = torch.tensor([[0.8, -0.5], [0.4, 0.7]]).double()
@@ -26,18 +28,34 @@ class Linear(family.VanDerPol):
         return lambda z: z @ TURN.mT
 
 
-def problem(num_trials=3, num_bins=6):
+class Driven(Linear):
+    """Inputs, and noise that the latents share: not what ``process_noise`` and ``initial`` hold."""
+
+    def initial_state(self, e):
+        return dist.MultivariateNormal(self.initial.loc, FIRST)
+
+    def transition(self, z, dynamics, inputs):
+        return dist.MultivariateNormal(dynamics(z) + inputs, NOISE)
+
+
+NOISE = torch.tensor([[0.2, 0.1], [0.1, 0.3]]).double()
+FIRST = NOISE + 0.5
+
+
+def problem(num_trials=3, num_bins=(6, 6), model=Linear):
     """Two recordings of 3 and 5 neurons with random canonical read-outs, a model of them, and three random frames."""
-    fit = family.fit_of(model=Linear, dtype=torch.double)
+    fit = family.fit_of(model=model, dtype=torch.double)
     several = [
-        family.recordings([mu], num_trials=num_trials, num_bins=num_bins, num_neurons=number, seed=number)
-        for mu, number in ((1.0, 3), (1.7, 5))
+        family.recordings([mu], num_trials=num_trials, num_bins=bins, num_neurons=number, seed=number)
+        for mu, number, bins in zip((1.0, 1.7), (3, 5), num_bins, strict=True)
     ]
-    recs = pm.Recordings([recording for recs in several for recording in recs.values()])
+    num_bins = max(num_bins)
+    inputs = np.random.default_rng(1).normal(size=(num_trials, num_bins, 2)) if model is Driven else None
+    recs = pm.Recordings([r._replace(inputs=inputs) for recs in several for r in recs.values()])
     model, guide = for_recordings(fit.model, fit.guide, NeuronTable.of(recs))
     batch = recs.batch(model.names, dtype=torch.double)
     mask = batch.mask.clone()
-    mask[0, 1, 2, 0] = False
+    mask[0, 1, num_bins // 3, 0] = False
     batch = replace(batch, mask=mask)
     generator = torch.Generator().manual_seed(3)
 
@@ -61,18 +79,19 @@ def problem(num_trials=3, num_bins=6):
 
 def log_density(model, frame, offset, batch, r, trial):
     """Of what was seen in a trial, from the moments of the whole path: ``w = z F + o`` and ``y = w b + m``."""
-    time, (q, s) = (
-        batch.num_bins,
-        (model.process_noise().detach().numpy(), model.initial.scale.detach().numpy()),
-    )
+    time, driven = batch.num_bins, isinstance(model, Driven)
+    diagonals = model.process_noise().detach().square(), model.initial.scale.detach().square()
+    q, s = (x.numpy() for x in ((NOISE, FIRST) if driven else (x.diag() for x in diagonals)))
     powers = [np.linalg.matrix_power(TURN.numpy(), k) for k in range(time)]
     mean = np.stack([p @ model.initial.loc.detach().numpy() for p in powers])
+    for t in range(1, time if driven else 0):
+        mean[t] += sum(powers[t - k] @ batch.inputs[r, trial, k].numpy() for k in range(1, t + 1))
     covariance = np.zeros((time, 2, time, 2))
     for t in range(time):
         for u in range(time):
-            covariance[t, :, u] = powers[t] @ np.diag(s**2) @ powers[u].T
+            covariance[t, :, u] = powers[t] @ s @ powers[u].T
             for k in range(1, min(t, u) + 1):
-                covariance[t, :, u] += powers[t - k] @ np.diag(q**2) @ powers[u - k].T
+                covariance[t, :, u] += powers[t - k] @ q @ powers[u - k].T
     rows = model.neurons.slice(batch.names[r])
     b, m = model.read_out.weight[rows].detach().numpy(), model.read_out.bias[rows].detach().numpy()
     w = mean @ frame.numpy() + offset.numpy()
@@ -87,8 +106,10 @@ def log_density(model, frame, offset, batch, r, trial):
     return density.logpdf(y[seen])
 
 
-def test_linear_gaussian_evidence_is_the_density_of_the_data():
-    model, guide, frames, tied, batch = problem()
+@pytest.mark.parametrize("kind", [Linear, Driven])
+def test_linear_gaussian_evidence_is_the_density_of_the_data(kind):
+    """Of any model whose steps are Normal: inputs and covariances of a subclass's own, too."""
+    model, guide, frames, tied, batch = problem(model=kind)
     found = of_frames(model, guide, frames, tied, batch.time_mask, batch)
     expected = [
         [
@@ -129,6 +150,69 @@ def test_a_joint_likelihood_has_none():
     model, guide, frames, tied, batch = problem()
     joint = SimpleNamespace(likelihood=lambda x, recording: model.likelihood(x, recording).to_event(1))
     assert of_frames(joint, guide, frames, tied, batch.time_mask, batch) is None
+
+
+def test_a_frame_without_any_path_does_no_harm_to_other_recordings():
+    """All but singular, and so large that in double precision no precision of its paths is positive definite."""
+    model, guide, frames, tied, batch = problem()
+    expected = of_frames(model, guide, frames, tied, batch.time_mask, batch)
+    with torch.no_grad():
+        tied.frame[1, 0] = torch.tensor([[0.6, -0.35], [0.6, -0.35]]) * 1e12 + 1e-3 * torch.eye(2)
+    found = of_frames(model, guide, frames, tied, batch.time_mask, batch)
+    assert found[1, 0] == -torch.inf
+    expected[1, 0] = -torch.inf
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=0.0)
+
+
+def test_a_recording_beside_longer_ones_is_judged_as_if_alone():
+    """Bins after its end are no part of it: of curved dynamics they would be a path to find."""
+    model, guide, frames, tied, batch = problem(num_bins=(6, 40), model=family.VanDerPol)
+    found = of_frames(model, guide, frames, tied, batch.time_mask, batch)
+    short = stretch(batch, slice(None), slice(6))
+    cut = replace(frames, coordinates=frames.coordinates[:, :, :6])
+    expected = of_frames(model, guide, cut, tied, short.time_mask, short)
+    torch.testing.assert_close(found[:, 0], expected[:, 0], rtol=1e-10, atol=0.0)
+    assert not torch.isclose(found[:, 1], expected[:, 1]).any()
+
+
+class HeavyTails(Linear):
+    def transition(self, z, dynamics):
+        return dist.StudentT(4.0, dynamics(z), self.process_noise()).to_event(1)
+
+
+class NoisyFarAway(Linear):
+    def transition(self, z, dynamics):
+        return dist.Normal(dynamics(z), self.process_noise() * (1 + z.square())).to_event(1)
+
+
+class NoVariance(Linear):
+    def initial_state(self, e):
+        return dist.Cauchy(self.initial.loc, self.initial.scale).to_event(1)
+
+
+class EveryTrialItsOwn(Linear):
+    def trial_embedding(self, e, batch):
+        return e + torch.arange(batch.num_trials).unsqueeze(-1).to(e)
+
+    def initial_state(self, e):
+        return dist.Normal(self.initial.loc + e, self.initial.scale).to_event(1)
+
+
+@pytest.mark.parametrize("kind", [HeavyTails, NoisyFarAway, NoVariance, EveryTrialItsOwn])
+def test_a_model_whose_paths_are_no_chain_of_normal_steps_has_none(kind):
+    model, guide, frames, tied, batch = problem(model=kind)
+    assert of_frames(model, guide, frames, tied, batch.time_mask, batch) is None
+
+
+@pytest.mark.parametrize("num_bins", [1, 2])
+def test_trials_of_a_bin_or_two(num_bins):
+    model, guide, frames, tied, batch = problem(num_bins=(num_bins, num_bins))
+    found = of_frames(model, guide, frames, tied, batch.time_mask, batch)
+    expected = sum(
+        log_density(model, tied.frame[1, 1].detach(), tied.offset[1, 1].detach(), batch, 1, trial)
+        for trial in range(3)
+    )
+    assert float(found[1, 1]) == pytest.approx(expected, rel=1e-8)
 
 
 def test_read_outs_of_the_second_kind_of_starts_are_as_large_as_the_known_ones(monkeypatch):

@@ -66,7 +66,22 @@ class AnyCallable(pm.models.MetaSSM):
         return lambda z: z @ turn.to(z) + 0.1 * e.unsqueeze(-2).tanh()
 
 
-@pytest.mark.parametrize("kind", [*EDITS, AnyCallable])
+class NoiseOfItsOwn(pm.models.MetaSSM):
+    """Without the attribute that holds a model's noise as a rule."""
+
+    def __init__(self, recordings, **options):
+        super().__init__(recordings, **options)
+        del self.process_noise
+        self.log_scale = torch.nn.Parameter(torch.tensor(-2.0))
+
+    def embedding_prior(self):
+        return dist.Normal(torch.zeros(self.embedding_dim), 1.0).to_event(1)
+
+    def transition(self, z, dynamics):
+        return dist.Normal(dynamics(z), self.log_scale.exp()).to_event(1)
+
+
+@pytest.mark.parametrize("kind", [*EDITS, AnyCallable, NoiseOfItsOwn])
 def test_edits_of_the_model_adapt(kind):
     recs = recordings(counts=kind is Overdispersed)
     torch.manual_seed(0)
