@@ -100,6 +100,14 @@ def canonical_frame(x: Tensor, seen: Tensor) -> tuple[Tensor, Tensor]:
     return matrix, -(mean.squeeze(-3) @ matrix).squeeze(-2)
 
 
+def roots(moments: Tensor) -> tuple[Tensor, Tensor]:
+    """The symmetric ``B^1/2`` and ``B^-1/2`` of second moments ``B (..., d, d)``, whose small variances are raised."""
+    values, vectors = torch.linalg.eigh(moments)
+    values = values.clamp(min=RIDGE * values[..., -1:].clamp(min=1e-12))
+    root, inverse = (vectors * power.unsqueeze(-2) @ vectors.mT for power in (values.sqrt(), values.rsqrt()))
+    return root, inverse
+
+
 def lagged_subspace(features: Tensor, seen: Tensor, dim: int) -> Tensor:
     """Directions of the neurons that vary together over time, ``(N, dim)``, orthonormal, largest first.
 

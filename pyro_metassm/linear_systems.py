@@ -20,11 +20,11 @@ from pyro_metassm.observations import of_single_neurons
 from pyro_metassm.read_outs import refit_read_outs, start_read_outs
 from pyro_metassm.recordings import Batch
 from pyro_metassm.tempering import tempered
+from pyro_metassm.windows import BOUND
 
 ROUNDS = 16
 FIRST = 8  # steps of Newton from neurons without tuning
 SIMULATED = 32  # trials that a regression is of
-BOUND = 10.0  # of their latents
 LEAST = 1e-4  # variance that the dynamics leave, at least, of coordinates of about unit variance
 
 

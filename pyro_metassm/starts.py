@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from pyro_metassm import _machine as machine
-from pyro_metassm.frames import RIDGE, canonical_frame
+from pyro_metassm.frames import canonical_frame, roots
 from pyro_metassm.read_outs import ReadOutPrior, common_shift, second_moments
 from pyro_metassm.windows import roll_out
 
@@ -57,9 +57,7 @@ def starts_by_read_outs(
     """
     moments = second_moments(rows)
     dim = moments.shape[-1] - 1
-    values, vectors = torch.linalg.eigh(moments[..., :-1, :-1])
-    values = values.clamp(min=RIDGE * values[..., -1:].clamp(min=1e-12))
-    white = (vectors * values.rsqrt().unsqueeze(-2)) @ vectors.mT
+    _, white = roots(moments[..., :-1, :-1])
 
     def random(*shape: int) -> Tensor:
         return torch.randn(number, len(rows), *shape, generator=rng).to(moments)

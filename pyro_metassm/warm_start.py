@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from pyro_metassm.frames import RIDGE, Frames, canonical_frames
+from pyro_metassm.frames import Frames, canonical_frames, roots
 from pyro_metassm.laplace_smoother import Chain, log_evidence, smoothed
 from pyro_metassm.linear_systems import noisy_counts, regressed, through_linear_systems
 from pyro_metassm.optimizers import adam, one_cycle, skip_where
@@ -324,10 +324,7 @@ def natural_frames(tuning: Tensor) -> tuple[Tensor, Tensor]:
         little of the largest. Where the recordings' latents differ in size, ``s`` is such that their mean square is
         one.
     """
-    values, vectors = torch.linalg.eigh(tuning)
-    values = values.clamp(min=RIDGE * values[..., -1:].clamp(min=1e-12))
-    root = (vectors * values.sqrt().unsqueeze(-2)) @ vectors.mT
-    inverse = (vectors * values.rsqrt().unsqueeze(-2)) @ vectors.mT
+    root, inverse = roots(tuning)
     square = root.square().sum((-1, -2)).mean() / root.shape[-1]
     return inverse * square.sqrt(), root @ root / square
 
