@@ -12,8 +12,8 @@ from pyro_metassm import cli
 from pyro_metassm.experiments import decisions, pooling, pooling_report, reaching, recorded
 
 TINY = pooling.Setting(
-    latent_dim=2, num_steps=3, warm_start_steps=3, trials_per_step=4, scratch_steps=2, adapt_steps=2, num_starts=4,
-    search_steps=3, shots=(4, 16), context=2, horizon=3, num_samples=3,
+    latent_dim=2, num_steps=3, warm_start_steps=3, trials_per_step=4, tune_steps=2, scratch_steps=2, adapt_steps=2,
+    num_starts=4, search_steps=3, shots=(4, 16), context=2, horizon=3, num_samples=3,
 )  # fmt: skip
 
 
@@ -175,14 +175,14 @@ def test_reaching_from_end_to_end_and_goes_on(monkeys, tmp_path):
     out, told = tmp_path / "out", []
     numbers = reaching.run(out, data=monkeys, small=True, setting=TINY, say=told.append)
     assert {path.name for path in out.iterdir()} >= {
-        "index.html", "metrics.json", "scores.csv", "pooling.csv", "few.csv", "adaptation.csv", "tuning.csv",
-        "scores.png", "few.png", "adaptation.png", "embedding.png", "latents.png", "interpolation.png",
+        "index.html", "metrics.json", "scores.csv", "pooling.csv", "pooling_tuned.csv", "few.csv", "adaptation.csv",
+        "tuning.csv", "scores.png", "few.png", "adaptation.png", "embedding.png", "latents.png", "interpolation.png",
         "pieces", "settings.json",
     }  # fmt: skip
     assert len(numbers["pooling"]) == 2 and {row["trials"] for row in numbers["adaptation"]} == {4, 16}
     assert numbers["data"][2]["bin (ms)"] == pytest.approx(90)
     pieces = [line for line in told if " s  " in line]
-    assert len(pieces) == 1 + 5 + 2 + 2 * 2  # baselines, the plan's, alone, few trials alone and together
+    assert len(pieces) == 1 + 6 + 2 + 2 * 2  # baselines, the plan's, alone, few trials alone and together
     (out / "pieces" / "alone-seed0" / "scratch-16.json").unlink()
     again: list = []
     assert reaching.run(out, data=monkeys, small=True, setting=TINY, say=again.append) == numbers
@@ -211,6 +211,9 @@ def test_decisions_from_end_to_end(tmp_path):
     assert next(iter(numbers)) == "20ms" and len(numbers["20ms"]["pooling"]) == 2
     adapted, tuned = (numbers["20ms"][key][0] for key in ("adaptation", "tuning"))
     assert tuned["from scratch"] == adapted["from scratch"] and tuned["fine-tuned"] != adapted["adapted"]
+    for before, after in zip(numbers["20ms"]["pooling"], numbers["20ms"]["pooling_tuned"], strict=True):
+        assert before["pooled"] != after["pooled, then alone"]
+        assert before["single recording"] != after["single, longer"]
     assert (tmp_path / "out" / "20ms" / "embedding.png").is_file() and (
         tmp_path / "out" / "index.html"
     ).is_file()

@@ -37,6 +37,7 @@ SMALL = {
         latent_dim=4,
         num_steps=100,
         warm_start_steps=100,
+        tune_steps=40,
         scratch_steps=100,
         adapt_steps=150,
         num_starts=32,

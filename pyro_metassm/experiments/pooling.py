@@ -53,6 +53,7 @@ class Setting:
         num_steps, warm_start_steps, trials_per_step, learning_rate: of fits to all trials, pooled and alone. The rate
             is high and the steps are many because what is shared learns slowly: at a quarter of the rate, or in half
             of the steps, the pooled model has learned less of its training trials than the others have.
+        tune_steps, tune_learning_rate: of a second cycle with one recording: from the pooled fit, and from its own.
         scratch_steps, scratch_learning_rate: of fits to few trials, pooled, alone and from an adapted fit: more of them
             learn these by heart (on validation trials, fits from 16 trials are best after one to two hundred).
         adapt_steps, adapt_learning_rate, num_starts, search_steps: of adaptations. With the few counts of real trials
@@ -74,6 +75,8 @@ class Setting:
     warm_start_steps: int = 300
     trials_per_step: int = 32
     learning_rate: float = 2e-2
+    tune_steps: int = 400
+    tune_learning_rate: float = 2e-2
     scratch_steps: int = 200
     scratch_learning_rate: float = 5e-3
     adapt_steps: int = 500
@@ -109,8 +112,8 @@ def run(
         say: is told of every finished piece.
 
     Returns:
-        rows: ``plan`` (empty where there is none), ``seed``, ``piece`` ("pooled", "adapted", "tuned", "single",
-        "scratch", "few", "baselines"), ``trials`` (of the recording, that were learned from), ``recording``,
+        rows: ``plan`` (empty where there is none), ``seed``, ``piece`` ("pooled", "pooled-tuned", "adapted", "tuned",
+        "single", "scratch", "few", "baselines"), ``trials`` (of the recording, that were learned from), ``recording``,
         ``method`` and what :func:`score` gives.
     """
     train, test = recs.split(setting.test_fraction, seed=0)
@@ -138,6 +141,7 @@ def run(
         for plan in plans:
             folder = pieces / f"{plan.name}-seed{seed}"
             do(f"{folder.name}/pooled", plan.name, seed, partial(data.pooled, plan, seed, folder))
+            do(f"{folder.name}/pooled-tuned", plan.name, seed, partial(data.pooled_tuned, plan, seed, folder))
             for shots in setting.shots:
                 make = partial(data.adapted, plan, seed, shots, folder)
                 do(f"{folder.name}/adapted-{shots}", plan.name, seed, make)
@@ -184,6 +188,23 @@ def fit_of(recs: Recordings, setting: Setting, seed: int, *, few: bool = False) 
     )
 
 
+def tuned(
+    start: Fit, recs: Recordings, num_steps: int, learning_rate: float, setting: Setting, seed: int
+) -> Fit:
+    """All of a fit trained on with some recordings: what was shared is no longer."""
+    return train_fit(
+        start.model,
+        start.guide,
+        recs,
+        num_steps=num_steps,
+        warm_start=False,
+        trials_per_step=setting.trials_per_step,
+        learning_rate=learning_rate,
+        seed=seed,
+        progress=False,
+    )
+
+
 @dataclass(frozen=True)
 class _Data:
     """What the pieces are made from, and how each is made."""
@@ -207,6 +228,14 @@ class _Data:
         fit.save(folder / "pooled")
         return self._rows(fit, self.train, plan.pooled, "pooled", "pooled")
 
+    def pooled_tuned(self, plan: Plan, seed: int, folder: Path) -> list[dict]:
+        """The pooled fit, a second cycle with each of its recordings alone."""
+        rows = []
+        for name in plan.pooled:
+            start = saving.load(folder / "pooled")
+            rows += self._second_cycle(start, name, seed, "pooled-tuned", "pooled, then alone")
+        return rows
+
     def adapted(self, plan: Plan, seed: int, shots: int, folder: Path) -> list[dict]:
         """The pooled fit adapted to some trials of the recordings that the plan holds out."""
         setting, few = self.setting, self.train.select(plan.held_out).take_trials(shots, seed=seed)
@@ -227,23 +256,19 @@ class _Data:
         """The adapted fit, all of it trained on with the same trials: what is shared is the pool's no longer."""
         setting, few = self.setting, self.train.select(plan.held_out).take_trials(shots, seed=seed)
         start = saving.load(folder / f"adapted-{shots}")
-        fit = train_fit(
-            start.model,
-            start.guide,
-            few,
-            num_steps=setting.scratch_steps,
-            warm_start=False,
-            trials_per_step=setting.trials_per_step,
-            learning_rate=setting.scratch_learning_rate,
-            seed=seed,
-            progress=False,
-        )
+        fit = tuned(start, few, setting.scratch_steps, setting.scratch_learning_rate, setting, seed)
         return self._rows(fit, few, plan.held_out, "tuned", "fine-tuned")
 
     def alone(self, name: str, seed: int) -> list[dict]:
-        """One recording alone, whatever the plans that pool it."""
+        """One recording alone, whatever the plans that pool it; and as long as :meth:`pooled_tuned`."""
         fit = fit_of(self.train.select([name]), self.setting, seed)
-        return self._rows(fit, self.train, [name], "single", "single recording")
+        rows = self._rows(fit, self.train, [name], "single", "single recording")
+        return rows + self._second_cycle(fit, name, seed, "single", "single, longer")
+
+    def _second_cycle(self, start: Fit, name: str, seed: int, piece: str, method: str) -> list[dict]:
+        setting, recs = self.setting, self.train.select([name])
+        fit = tuned(start, recs, setting.tune_steps, setting.tune_learning_rate, setting, seed)
+        return self._rows(fit, self.train, [name], piece, method)
 
     def scratch(self, names: Sequence[str], seed: int, shots: int) -> list[dict]:
         """Some trials of each of these recordings, each alone."""

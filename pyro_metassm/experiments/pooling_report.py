@@ -82,16 +82,24 @@ def _mean(pairs: Sequence[Sequence[Sequence[float]]]) -> list[list[float]]:
 
 
 def verdicts(
-    pooled: Sequence[Row], adapted: Sequence[Row], few: Sequence[Row] = (), tuned: Sequence[Row] = ()
+    pooled: Sequence[Row],
+    adapted: Sequence[Row],
+    few: Sequence[Row] = (),
+    tuned: Sequence[Row] = (),
+    pooled_tuned: Sequence[Row] = (),
 ) -> list[str]:
     """Whether pooling paid, in words with the numbers; and where it did not."""
     lines = []
-    if pooled:
-        lines.append(
-            f"Co-smoothing of held-out trials, pooled minus single, mean over {len(pooled)} recordings: "
-            f"{_mean_difference(pooled)} bits per spike."
-        )
-        lines += [_against(row, "pooling does not help") for row in pooled if row["difference"] < 0]
+    for what, found in (
+        ("pooled minus single", pooled),
+        ("pooled, then each alone, minus alone for as many steps", pooled_tuned),
+    ):
+        if found:
+            lines.append(
+                f"Co-smoothing of held-out trials, {what}, mean over {len(found)} recordings: "
+                f"{_mean_difference(found)} bits per spike."
+            )
+            lines += [_against(row, "pooling does not help") for row in found if row["difference"] < 0]
     for trials in sorted({row["trials"] for row in few}):
         of = [row for row in few if row["trials"] == trials]
         lines.append(
@@ -147,8 +155,9 @@ def write(
         what ``metrics.json`` holds.
     """
     found = scores(rows)
-    fits = [row for row in rows if row["piece"] in ("pooled", "single")]
+    fits = [row for row in rows if row["piece"] in ("pooled", "pooled-tuned", "single")]
     pooled = differences(fits, "pooled", "single recording")
+    pooled_tuned = differences(fits, "pooled, then alone", "single, longer")
     adapted, tuned, few = (
         differences(
             [row for row in rows if row["piece"] in (piece, "scratch")],
@@ -158,7 +167,7 @@ def write(
         )
         for piece, method in (("adapted", "adapted"), ("tuned", "fine-tuned"), ("few", "few pooled"))
     )
-    written = {"scores.csv": found, "pooling.csv": pooled, "few.csv": few}
+    written = {"scores.csv": found, "pooling.csv": pooled, "pooling_tuned.csv": pooled_tuned, "few.csv": few}
     written |= {"adaptation.csv": adapted, "tuning.csv": tuned}
     written = {name: of for name, of in written.items() if of}
     for name, of in written.items():
@@ -177,7 +186,7 @@ def write(
             "(last: all)"
         )
         report.save_figure(gains(few, pooled, found), out / "few.png")
-    lines = verdicts(pooled, adapted, few, tuned)
+    lines = verdicts(pooled, adapted, few, tuned, pooled_tuned)
     data = [
         {
             "recording": name,
@@ -198,6 +207,8 @@ def write(
         *(page.paragraph(note) for note in notes),
         page.heading("Pooled and single, bits per spike"),
         page.table(pooled),
+        page.heading("Pooled, then each alone; and alone for as many steps, bits per spike"),
+        page.table(pooled_tuned),
         page.heading("Few trials of every recording: pooled and each alone, bits per spike"),
         page.table(few),
         page.heading("Adapted and from scratch, bits per spike"),
@@ -213,6 +224,7 @@ def write(
     numbers = {
         "verdicts": lines,
         "pooling": pooled,
+        "pooling_tuned": pooled_tuned,
         "few": few,
         "adaptation": adapted,
         "tuning": tuned,

@@ -25,6 +25,7 @@ SMALL = replace(
     FULL,
     num_steps=300,
     warm_start_steps=200,
+    tune_steps=100,
     scratch_steps=150,
     adapt_steps=200,
     num_starts=64,
