@@ -87,14 +87,30 @@ class Batch:
             row[: len(labels)] = [place[label] for label in labels]
         return moved(codes, self.observations.device)
 
-    def first_bins(self, stop: int) -> Batch:
-        """The batch cut before bin `stop`: nothing at or after it is left anywhere."""
+    def part(
+        self,
+        recordings: slice = slice(None),
+        trials: slice = slice(None),
+        bins: slice = slice(None),
+    ) -> Batch:
+        """Some recordings, trials and bins: nothing of the others is left anywhere."""
+        of = (recordings, trials, bins)
+        statistics, conditions = self.embedding_statistics, self.conditions
         return dataclasses.replace(
             self,
-            observations=self.observations[:, :, :stop],
-            mask=self.mask[:, :, :stop],
-            time_mask=self.time_mask[:, :, :stop],
-            inputs=None if self.inputs is None else self.inputs[:, :, :stop],
+            names=self.names[recordings],
+            recording=self.recording[recordings],
+            observations=self.observations[of],
+            mask=self.mask[of],
+            time_mask=self.time_mask[of],
+            held_in=self.held_in[recordings],
+            num_neurons=self.num_neurons[recordings],
+            trial_scale=self.trial_scale[recordings],
+            inputs=None if self.inputs is None else self.inputs[of],
+            embedding_statistics=None if statistics is None else statistics[recordings],
+            conditions=None
+            if conditions is None
+            else tuple(own if own is None else own[trials] for own in conditions[recordings]),
         )
 
     def to(self, device: torch.device | str) -> Batch:

@@ -75,7 +75,7 @@ def posterior_chunks(
                 fit.names, names=[name], trials={name: trials}, dtype=fit.dtype, device=fit.device
             )
             batch = dataclasses.replace(batch, embedding_statistics=statistics)
-            batch = batch if context is None else batch.first_bins(context)
+            batch = batch if context is None else batch.part(bins=slice(context))
             for first in range(0, num_samples, many):
                 draws = slice(first, min(first + many, num_samples))
                 known = {"embedding": embeddings[first]} if first in embeddings else {}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from types import SimpleNamespace
 
 import torch
@@ -15,7 +14,6 @@ from pyro_metassm.laplace_smoother import Chain, log_evidence, smoothed
 from pyro_metassm.observations import of_single_neurons
 from pyro_metassm.read_outs import in_latents
 from pyro_metassm.recordings import Batch
-from pyro_metassm.teaching import stretch
 from pyro_metassm.tempering import tempered
 from pyro_metassm.windows import BOUND, TiedFrames
 
@@ -43,7 +41,7 @@ def of_frames(model, guide, frames: Frames, tied: TiedFrames, bins: Tensor, batc
     """
     if not of_single_neurons(model, batch):
         return None
-    part = stretch(batch, slice(0, TRIALS), slice(None))
+    part = batch.part(trials=slice(TRIALS))
     states = tied.states(frames.coordinates).clamp(-BOUND, BOUND)
     sound = states.isfinite().all(-1).all(-1).all(-1)
     seen = tempered(model)
@@ -72,26 +70,9 @@ def _of_recordings(model, view: SimpleNamespace, e: Tensor, z: Tensor, batch: Ba
         if len(z) == 1:
             return z.new_full((1,), -torch.inf)
     rows = [slice(r, r + 1) for r in range(len(z))]
-    alone = [_of_recordings(model, view, e[row], z[row], _alone(batch, row)) for row in rows]
+    alone = [_of_recordings(model, view, e[row], z[row], batch.part(row)) for row in rows]
     found = [x.to(z) for x in alone if x is not None]
     return torch.cat(found) if len(found) == len(z) else None
-
-
-def _alone(batch: Batch, row: slice) -> Batch:
-    """One recording of a batch."""
-    return dataclasses.replace(
-        batch,
-        names=batch.names[row],
-        recording=batch.recording[row],
-        observations=batch.observations[row],
-        mask=batch.mask[row],
-        time_mask=batch.time_mask[row],
-        held_in=batch.held_in[row],
-        num_neurons=batch.num_neurons[row],
-        trial_scale=batch.trial_scale[row],
-        inputs=None if batch.inputs is None else batch.inputs[row],
-        conditions=None if batch.conditions is None else batch.conditions[row],
-    )
 
 
 def normal_chain(prior: TorchDistribution, z: Tensor) -> Chain | None:

@@ -122,7 +122,7 @@ def recording_statistics(
             dtype=parameter.dtype,
             device=parameter.device,
         )
-        batch = batch if context is None else batch.first_bins(context)
+        batch = batch if context is None else batch.part(bins=slice(context))
         _, frame, share = guide.common_space(batch)
         with_data = int((share > 0).any(-2).sum())
         statistics = guide.embedding_statistics(frame, share, batch)[0]

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-
 import torch
 from torch import Tensor
 
@@ -49,7 +47,7 @@ def teach(
         length = _random(shortest, longest, rng)
         start = 0 if step % 2 else _random(0, batch.num_bins - length, rng)
         first = _random(0, max(0, batch.num_trials - TRIALS), rng)
-        part = stretch(batch, slice(first, first + TRIALS), slice(start, start + length))
+        part = batch.part(trials=slice(first, first + TRIALS), bins=slice(start, start + length))
         z = draws[:, first : first + TRIALS, start : start + length]
         prior = model.path_prior(e, part)
         with torch.no_grad():
@@ -66,17 +64,3 @@ def teach(
 
 def _random(low: int, high: int, rng: torch.Generator) -> int:
     return int(torch.randint(low, high + 1, (), generator=rng))
-
-
-def stretch(batch: Batch, trials: slice, bins: slice) -> Batch:
-    """Some trials and bins of a batch."""
-    return dataclasses.replace(
-        batch,
-        observations=batch.observations[:, trials, bins],
-        mask=batch.mask[:, trials, bins],
-        time_mask=batch.time_mask[:, trials, bins],
-        inputs=None if batch.inputs is None else batch.inputs[:, trials, bins],
-        conditions=None
-        if batch.conditions is None
-        else tuple(c if c is None else c[trials] for c in batch.conditions),
-    )

@@ -29,7 +29,7 @@ from pyro_metassm.read_outs import (
     write_read_outs,
 )
 from pyro_metassm.recordings import Batch, Recordings, sample_trials
-from pyro_metassm.teaching import stretch, teach
+from pyro_metassm.teaching import teach
 from pyro_metassm.tempering import tempered
 from pyro_metassm.windows import TiedFrames, Windows, growing
 
@@ -171,7 +171,7 @@ def write_likeliest_noise(model, e: Tensor, paths: Tensor, draws: Tensor, batch:
     dynamics = model.dynamics_of(e, batch.recording)
     both = batch.time_mask[:, :, 1:] & batch.time_mask[:, :, :-1]
     left = (draws[:, :, 1:] - dynamics(draws[:, :, :-1])).square()[both].mean(0).sqrt()
-    part, z = stretch(batch, slice(0, LEAST_TRIALS), slice(None)), paths[:, :LEAST_TRIALS]
+    part, z = batch.part(trials=slice(LEAST_TRIALS)), paths[:, :LEAST_TRIALS]
     most, best = -torch.inf, left.log()
     for share in SHARES:
         model.process_noise.log_scale.copy_((share * left).clamp(0.002, 1.0).log())
@@ -192,7 +192,7 @@ def smoothed_by(model, e: Tensor, paths: Tensor, batch: Batch) -> tuple[Tensor, 
     pairs = []
     for first in range(0, batch.num_trials, number):
         trials = slice(first, first + number)
-        path = smoothed(tempered(model), chain, paths[:, trials], stretch(batch, trials, slice(None)))
+        path = smoothed(tempered(model), chain, paths[:, trials], batch.part(trials=trials))
         pairs.append((path.mean.to(paths), path.rsample().to(paths)))
     mean, draws = (torch.cat(parts, 1) for parts in zip(*pairs, strict=True))
     return mean, draws

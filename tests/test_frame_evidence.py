@@ -17,7 +17,6 @@ from pyro_metassm.frames import Frames
 from pyro_metassm.neurons import NeuronTable
 from pyro_metassm.read_outs import ReadOutPrior, common_shift, second_moments
 from pyro_metassm.rebuilding import for_recordings
-from pyro_metassm.teaching import stretch
 from pyro_metassm.windows import TiedFrames
 
 TURN = torch.tensor([[0.8, -0.5], [0.4, 0.7]]).double()
@@ -168,7 +167,7 @@ def test_a_recording_beside_longer_ones_is_judged_as_if_alone():
     """Bins after its end are no part of it: of curved dynamics they would be a path to find."""
     model, guide, frames, tied, batch = problem(num_bins=(6, 40), model=family.VanDerPol)
     found = of_frames(model, guide, frames, tied, batch.time_mask, batch)
-    short = stretch(batch, slice(None), slice(6))
+    short = batch.part(bins=slice(6))
     cut = replace(frames, coordinates=frames.coordinates[:, :, :6])
     expected = of_frames(model, guide, cut, tied, short.time_mask, short)
     torch.testing.assert_close(found[:, 0], expected[:, 0], rtol=1e-10, atol=0.0)

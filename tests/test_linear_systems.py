@@ -12,7 +12,7 @@ import pyro_metassm as pm
 from pyro_metassm.frames import canonical_frames
 from pyro_metassm.linear_systems import _linear, frames_of_simulations, regressed, through_linear_systems
 from pyro_metassm.read_outs import fit_read_outs
-from pyro_metassm.teaching import stretch, teach
+from pyro_metassm.teaching import teach
 from pyro_metassm.warm_start import smoothed_by, write_likeliest_noise
 
 
@@ -98,7 +98,7 @@ def drawn(counts):
         model.read_out.weight.normal_(), model.read_out.bias.fill_(-0.5)
 
     def draw(num_trials):
-        part = stretch(batch, slice(0, 1), slice(None))
+        part = batch.part(trials=slice(1))
         with torch.no_grad():
             z = model.path_prior(e, part).sample((num_trials,))[:, :, 0].movedim(0, 1)
             y = model.likelihood(model.read_out(z, batch.recording, batch.width), batch.recording).sample()
@@ -145,7 +145,7 @@ def test_a_taught_guide_is_near_what_it_was_taught_and_nothing_else_moves(counts
     trained = guide.training
 
     def log_prob(stop):
-        part = batch.first_bins(stop)
+        part = batch.part(bins=slice(stop))
         with torch.no_grad():
             q = guide.eval().latents_posterior(*guide.common_space(part), e, model.path_prior(e, part), part)
             guide.train(trained)

@@ -1,5 +1,6 @@
 """Many recordings: which go together, how they are divided, and what a batch holds."""
 
+import dataclasses
 import doctest
 
 import numpy as np
@@ -150,6 +151,30 @@ def test_a_batch_of_unequal_recordings_is_all_of_them_by_default():
     moved = batch.to("meta")
     assert moved.observations.is_meta and moved.held_in.is_meta and moved.inputs is None
     assert moved.names == batch.names
+
+
+def test_a_part_of_a_batch_is_the_batch_of_that_part():
+    recs = Recordings([full("p"), full("q", seed=1), full("r", seed=2)])
+    statistics = torch.arange(6.0).reshape(3, 2)
+    batch = dataclasses.replace(recs.batch(recs.names), embedding_statistics=statistics)
+    part = batch.part(slice(1, 3), slice(2), slice(5))
+    few = recs.select(["q", "r"]).crop(0, 5)
+    expected = few.batch(recs.names, trials={name: [0, 1] for name in few})
+    for field in dataclasses.fields(batch):
+        got, want = getattr(part, field.name), getattr(expected, field.name)
+        if field.name == "conditions":
+            assert [list(own) for own in got] == [list(own) for own in want]
+        elif field.name == "embedding_statistics":
+            assert torch.equal(got, statistics[1:])
+        elif field.name == "trial_scale":  # what a step counts a trial for does not change
+            assert torch.equal(got, batch.trial_scale[1:])
+        elif isinstance(got, torch.Tensor):
+            assert torch.equal(got, want), field.name
+        elif field.name != "num_recordings":
+            assert got == want, field.name
+    assert part.num_recordings == 3
+    whole = batch.part()
+    assert torch.equal(whole.observations, batch.observations) and whole.conditions is not None
 
 
 def test_a_batch_is_cut_to_the_longest_trial_chosen_and_is_no_view():
