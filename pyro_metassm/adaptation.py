@@ -327,9 +327,13 @@ class Adapter(Trainer):
             (model, guide), ("read_out", "read_in"), tables(model, guide), strict=True
         ):
             _requires_grad(module, own if part in parts else ())
+        self.read_in_precision = read_in_precision(fit) if "read_in" in parts else None
         super().__init__(model, guide, recs, options, fit.device, self.embedding)
         self.fit, self.prior, self.report = fit, prior, report
-        self.read_in_precision = read_in_precision(fit) if "read_in" in parts else None
+
+    def started(self) -> nn.Module:
+        """Read-ins that no prior holds: the more their SVI moves them out of the frame, the less they forecast."""
+        return self.guide.read_in if self.read_in_precision is None else nn.Module()
 
     def batch(self, recs: Recordings | None = None, **choice) -> Batch:
         batch = super().batch(recs, **choice)

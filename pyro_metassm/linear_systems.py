@@ -25,6 +25,9 @@ from pyro_metassm.windows import BOUND
 ROUNDS = 16
 FIRST = 8  # steps of Newton from neurons without tuning
 SIMULATED = 32  # trials that a regression is of
+FARTHEST = (
+    30.0  # of coordinates of about unit variance: beyond it, a Newton step went astray, and the next is worse
+)
 LEAST = 1e-4  # variance that the dynamics leave, at least, of coordinates of about unit variance
 
 
@@ -68,7 +71,7 @@ def through_linear_systems(
     refit_read_outs(seen_through, paths, batch, num_steps=FIRST)
     for _ in range(ROUNDS):
         posterior = smoothed(seen_through, _linear(draws, batch.time_mask), paths, batch, num_steps=1)
-        paths, draws = posterior.mean.to(paths), posterior.rsample().to(paths)
+        paths, draws = (z.to(paths).clamp(-FARTHEST, FARTHEST) for z in (posterior.mean, posterior.rsample()))
         refit_read_outs(seen_through, draws, batch, num_steps=1)
     matrix, offset = canonical_frame(paths, bins)
     paths, draws = ((z.flatten(1, 2) @ matrix + offset.unsqueeze(1)).view(z.shape) for z in (paths, draws))

@@ -27,7 +27,7 @@ from pyro_metassm.recordings import Batch, Recordings, sample_trials
 from pyro_metassm.result import Fit, embedding_statistics
 from pyro_metassm.rollouts import rollout_errors
 
-SLOW = 0.1  # learning rate of started dynamics, relative to the rest
+SLOW = 0.1  # learning rate of what the start has found, relative to the rest
 SETTLE = 10  # steps after which a GPU is asked for their numbers; a CPU is asked after each
 TRACED = 20  # skipped steps whose recordings and trials are looked at one by one
 PATIENCE = 5  # steps in a row without a finite loss and gradient, at which a fit gives up
@@ -81,19 +81,22 @@ class Trainer:
             raise ValueError(
                 "fit: needed parameters to train, got a model and a guide of which none requires a gradient"
             )
-        slow = {id(p) for p in model.dynamics.parameters()}
-        dynamics = [p for p in every if id(p) in slow]
+        slow = {id(p) for p in self.started().parameters()}
+        found = [p for p in every if id(p) in slow]
         rest = [p for p in every if id(p) not in slow]
-        # What the start has learned of the dynamics is better than what early SVI steps would make of it.
-        rates = [options.learning_rate * (SLOW if options.warm_start else 1.0), options.learning_rate]
-        groups = [{"params": p, "lr": r} for p, r in zip((dynamics, rest), rates, strict=True) if p]
+        rates = (SLOW * options.learning_rate, options.learning_rate)
+        groups = [{"params": p, "lr": r} for p, r in zip((found, rest), rates, strict=True) if p]
         self.optimizer = adam(groups, betas=(0.9, 0.99))
         self.schedule = one_cycle(self.optimizer, options.num_steps)
-        self.parameters = [*dynamics, *rest]
+        self.parameters = [*found, *rest]
         self.last_good = [p.detach().clone() for p in self.parameters]
         self.scale = _observed_numbers(recs)  # the loss is per number observed
         self.validated: float | None = None
         self.notes: dict[str, Any] = {}  # for the result's attrs
+
+    def started(self) -> nn.Module:
+        """What a start has found better than early steps of SVI would, and what therefore moves slowly."""
+        return self.model.dynamics if self.options.warm_start else nn.Module()
 
     @property
     def dtype(self) -> torch.dtype:
