@@ -70,6 +70,30 @@ def test_coordinates_are_canonical_and_frames_are_their_regression(counts):
     assert left.abs().max() < 0.02
 
 
+@pytest.mark.parametrize("seed", [1, 3])
+def test_bursts_leave_no_path_out_of_bounds(seed):
+    """One trial twenty times as far out as the others, up to 22,000 counts: Newton's steps of it overshoot."""
+    rng = np.random.default_rng(seed)
+    turn = 0.98 * np.array([[np.cos(0.2), -np.sin(0.2)], [np.sin(0.2), np.cos(0.2)]])
+    z = np.zeros((6, 60, 2))
+    z[:, 0] = rng.normal(size=(6, 2))
+    for t in range(1, 60):
+        z[:, t] = z[:, t - 1] @ turn.T + 0.05 * rng.normal(size=(6, 2))
+    z[0] *= 20
+    log_rates = 0.5 * z @ rng.normal(size=(20, 2)).T - 1.0
+    recs = pm.Recordings([pm.Recording("a", rng.poisson(np.exp(log_rates.clip(max=10))), bin_width=0.02)])
+    torch.manual_seed(0)
+    model = pm.models.MetaSSM(recs, latent_dim=2, embedding_dim=1, likelihood=pm.likelihoods.Poisson)
+    guide = pm.guides.DKF(model, hidden_dim=4)
+    model.observation.start(recs), guide.read_in.start(recs, model.observation.kinds)
+    batch = recs.batch(model.names)
+    features, bins = guide.read_in.features(batch), batch.mask.any(-1)
+    found = through_linear_systems(model, features, canonical_frames(features, bins, 2), bins, batch)
+    assert model.read_out.weight.isfinite().all()
+    for path in (found.paths, found.draws):  # canonical: of about unit variance
+        assert path.isfinite().all() and path.abs().max() < 10
+
+
 def test_likeliest_linear_system_is_that_of_least_squares():
     rng = np.random.default_rng(0)
     z = rng.normal(size=(1, 3, 40, 2)).cumsum(2) * 0.1

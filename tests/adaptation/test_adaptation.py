@@ -154,6 +154,20 @@ def test_svi_moves_the_parts_that_it_is_asked_to_move(fit, train):
     assert (start.history.sizes["step"], end.history.sizes["step"]) == (0, 3)
 
 
+@pytest.mark.parametrize(("counts", "share"), [(False, 0.1), (True, 1.0)])
+def test_read_ins_that_no_prior_holds_move_at_a_tenth_of_the_rate(counts, share):
+    """A first step of Adam is the rate of its group, whatever the gradient."""
+    old, new = recordings(counts=counts), some(counts=counts)
+    known = pm.fit(*parts(old, pm.likelihoods.Poisson if counts else pm.likelihoods.Gaussian), old, **FIT)
+    start, end = (pm.adapt(known, new, **(SMALL | {"num_steps": n})) for n in (0, 1))
+    before, after = state(start.model, start.guide), state(end.model, end.guide)
+    read_in, read_out = (
+        float((after[key] - before[key]).abs().max())
+        for key in ("guide.read_in.weight", "model.read_out.weight")
+    )
+    assert read_in == pytest.approx(share * read_out, rel=0.01) and read_out > 0
+
+
 def test_a_free_embedding_without_effect_becomes_its_prior(old):
     """Where dynamics do not read it, its part of the ELBO is minus its divergence from Normal(0, 1)."""
     model = pm.models.SharedDynamics(old, latent_dim=2, embedding_dim=2, hidden_dim=4)
