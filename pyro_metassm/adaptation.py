@@ -65,7 +65,7 @@ def adapt(
     by roll-outs of the frozen dynamics, with these read-outs as a prior; the data's evidence chooses among the last,
     where observations are of single neurons and steps are Normal (:mod:`pyro_metassm.few_shot`). (2) The read-outs: a
     regression with that prior. (3) ``num_steps`` of SVI, of counts with the read-ins of the known recordings as a
-    prior, too.
+    prior, too; read-ins of real numbers, which the search has found, at a tenth of the rate.
 
     One trial suffices to start; whether it says enough is in ``attrs["adaptation"]`` of the result: for every recording
     ``rollout_error`` (mean squared error of roll-outs of up to 25 bins, in variances of the recording's latents: near
