@@ -25,9 +25,7 @@ from pyro_metassm.windows import BOUND
 ROUNDS = 16
 FIRST = 8  # steps of Newton from neurons without tuning
 SIMULATED = 32  # trials that a regression is of
-FARTHEST = (
-    30.0  # of coordinates of about unit variance: beyond it, a Newton step went astray, and the next is worse
-)
+FARTHEST = 30.0  # in coordinates of about unit variance: what is beyond it, a Newton step has sent astray
 LEAST = 1e-4  # variance that the dynamics leave, at least, of coordinates of about unit variance
 
 
