@@ -147,6 +147,18 @@ def test_process_noise_of_most_evidence_is_that_of_the_data(drawn):
     assert left < 0.4 * (rough - z).square().mean() and 0.4 < own / left < 2.5, (left, own)
 
 
+def test_a_recording_whose_draws_went_astray_does_not_decide_the_noise(drawn):
+    """Shares of what draws leave are tried from the largest on: from that of the mean, a hundred times too much."""
+    model, _, e, draw = drawn
+    model = copy.deepcopy(model)
+    z, _, batch = draw(8)
+    rough = z + 0.2 * torch.randn_like(z)
+    rough[0] += 20 * torch.randn_like(z[0])
+    write_likeliest_noise(model, e, z, rough, batch)
+    found = model.process_noise().detach()
+    assert (found > 0.025).all() and (found < 0.1).all(), found
+
+
 def test_frames_of_simulations_read_other_trials_better_than_those_of_one_trial(drawn):
     model, guide, e, draw = drawn
     one, bins, batch = draw(1)
