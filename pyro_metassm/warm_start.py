@@ -170,7 +170,7 @@ def write_likeliest_noise(model, e: Tensor, paths: Tensor, draws: Tensor, batch:
     _write_first_states(model, draws, batch.time_mask)
     dynamics = model.dynamics_of(e, batch.recording)
     both = batch.time_mask[:, :, 1:] & batch.time_mask[:, :, :-1]
-    squares = (draws[:, :, 1:] - dynamics(draws[:, :, :-1])).square() * both.unsqueeze(-1)
+    squares = (draws[:, :, 1:] - dynamics(draws[:, :, :-1])).square().where(both.unsqueeze(-1), 0.0)
     # The median of the recordings: one whose paths went astray would decide for all.
     left = (squares.sum((1, 2)) / both.sum((1, 2)).clamp(min=1).unsqueeze(-1)).median(0).values.sqrt()
     part, z = batch.part(trials=slice(LEAST_TRIALS)), paths[:, :LEAST_TRIALS]
