@@ -31,7 +31,7 @@ from pyro_metassm.read_outs import (
 from pyro_metassm.recordings import Batch, Recordings, sample_trials
 from pyro_metassm.teaching import teach
 from pyro_metassm.tempering import tempered
-from pyro_metassm.windows import TiedFrames, Windows, growing
+from pyro_metassm.windows import BOUND, TiedFrames, Windows, growing
 
 OBSERVATIONS = 2**25  # smoothed again and again where data are noisy, about,
 LEAST_TRIALS = 8  # but no fewer trials of a recording
@@ -188,14 +188,20 @@ def write_likeliest_noise(model, e: Tensor, paths: Tensor, draws: Tensor, batch:
 
 @torch.no_grad()
 def smoothed_by(model, e: Tensor, paths: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
-    """Paths given the model's dynamics, from where they are, and draws of them; ``(R, K, T, latent_dim)`` both."""
+    """Paths given the model's dynamics, from where they are, and draws of them; ``(R, K, T, latent_dim)`` both.
+
+    Trials whose paths leave what roll-outs are held to, such as those with bursts of counts, stay where they are.
+    """
+    paths = paths.clamp(-BOUND, BOUND)
     chain = _chain(model, model.dynamics_of(e, batch.recording))
     number = max(LEAST_TRIALS, OBSERVATIONS // batch.observations[:, 0].numel())
     pairs = []
     for first in range(0, batch.num_trials, number):
         trials = slice(first, first + number)
         path = smoothed(tempered(model), chain, paths[:, trials], batch.part(trials=trials))
-        pairs.append((path.mean.to(paths), path.rsample().to(paths)))
+        pair = path.mean.to(paths), path.rsample().to(paths)
+        within = (torch.cat(pair, -1).abs() <= BOUND).all(-1, keepdim=True).all(-2, keepdim=True)
+        pairs.append([torch.where(within, z, paths[:, trials]) for z in pair])
     mean, draws = (torch.cat(parts, 1) for parts in zip(*pairs, strict=True))
     return mean, draws
 

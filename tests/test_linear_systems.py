@@ -159,6 +159,19 @@ def test_a_recording_whose_draws_went_astray_does_not_decide_the_noise(drawn):
     assert (found > 0.025).all() and (found < 0.1).all(), found
 
 
+def test_a_trial_whose_path_goes_astray_is_held_and_changes_no_other(drawn):
+    """A burst of 20,000 counts, read as a state far out: steps of Newton's from there send the path to the thousands."""
+    model, _, e, draw = drawn
+    z, _, batch = draw(4)
+    plain, _ = smoothed_by(model, e, z, batch)
+    counts, rough = batch.observations.clone(), z.clone()
+    counts[0, 1, 30, 0], rough[0, 1, 30] = 2e4, 60.0
+    paths, again = smoothed_by(model, e, rough, dataclasses.replace(batch, observations=counts))
+    assert paths.abs().max() <= 10 and again.abs().max() <= 10
+    others = [0, 2, 3]
+    torch.testing.assert_close(paths[:, others], plain[:, others], rtol=1e-4, atol=1e-4)
+
+
 def test_frames_of_simulations_read_other_trials_better_than_those_of_one_trial(drawn):
     model, guide, e, draw = drawn
     one, bins, batch = draw(1)
