@@ -22,9 +22,9 @@ from pyro_metassm.experiments import (
     systems,
     tables,
 )
-from pyro_metassm.experiments.methods import Method, Sizes
+from pyro_metassm.experiments.methods import METHODS, Method, Sizes
 from pyro_metassm.experiments.scores import Scoring
-from pyro_metassm.experiments.systems import LimitCycles
+from pyro_metassm.experiments.systems import LimitCycles, few_trials, tag
 
 
 @pytest.fixture(scope="module")
@@ -38,6 +38,25 @@ def done(tmp_path_factory) -> Path:
 
 
 # ---- methods ---------------------------------------------------------------------------------------------
+
+
+def test_a_revised_method_revises_every_recording_by_its_own_trials_alone(done):
+    """Draws of trials of one recording, adapted side by side, must say nothing of each other."""
+    pool, test = TINY.family.held_out()
+    name = test.names[0]
+    new = few_trials(pool, 1, 2, seed=0)
+    fit = methods.adapt(METHODS["meta"], study.trained(done, "meta", 0), new, Sizes(), TINY.steps, seed=0)
+    drawn = [name + tag(draw) for draw in range(2)]
+    found = dict(
+        (names[0], one) for one, names in methods.corrected(METHODS["meta-revised"], fit, new, drawn)
+    )
+    assert list(found) == drawn
+    for one in drawn:
+        alone = pm.revise(fit, new.select([one]), num_trials=1)
+        assert found[one].attrs["revision"] == alone.attrs["revision"]
+    assert [(one is fit, names) for one, names in methods.corrected(METHODS["meta"], fit, new, drawn)] == [
+        (True, drawn)
+    ]
 
 
 def test_the_plain_adaptation_leaves_what_is_shared():
@@ -104,7 +123,7 @@ def test_the_table_is_that_of_the_forecasts(done):
 def test_flow_errors_are_of_every_fit_and_adaptation(done):
     rows = tables.read(done / "flow_error.csv")
     trained = [row for row in rows if row["n_s"] is None]
-    assert {row["method"] for row in trained} == set(NAMES) - {"single"} and len(trained) == 3 * 6
+    assert {row["method"] for row in trained} == {"meta", "shared-plain", "odd"} and len(trained) == 3 * 6
     adapted = {(r["method"], r["n_s"], r["draw"], r["recording"]): r for r in rows if r["n_s"] is not None}
     given = tables.read(done / "adaptation.csv")
     assert len(adapted) == len(given) == len(NAMES) * 3 * (2 + 1)
@@ -141,7 +160,7 @@ def test_the_page_says_what_the_tables_say(done):
 
 def test_embeddings_of_known_and_new_recordings(done):
     rows = tables.read(done / "embedding.csv")
-    assert {row["method"] for row in rows} == {"meta", "odd"}
+    assert {row["method"] for row in rows} == {"meta", "meta-revised", "odd"}
     of_meta = [row for row in rows if row["method"] == "meta"]
     assert sum(row["n_s"] is None for row in of_meta) == 6 and len(of_meta) == 6 + 3 * 3
     mapped = tables.read(done / "map.csv")

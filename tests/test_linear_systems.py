@@ -160,7 +160,7 @@ def test_a_recording_whose_draws_went_astray_does_not_decide_the_noise(drawn):
 
 
 def test_a_trial_whose_path_goes_astray_is_held_and_changes_no_other(drawn):
-    """A burst of 20,000 counts, read as a state far out: steps of Newton's from there send the path to the thousands."""
+    """A burst of 20,000 counts, read as a state far out: Newton's steps from there send the path to the thousands."""
     model, _, e, draw = drawn
     z, _, batch = draw(4)
     plain, _ = smoothed_by(model, e, z, batch)

@@ -27,7 +27,7 @@ TINY = Settings(
     draws=(2, 1),
     shown=2,
 )
-NAMES = ["meta", "single", "shared-plain", "odd"]
+NAMES = ["meta", "meta-revised", "single", "shared-plain", "odd"]
 ODD = "<b>odd</b> & \"quoted\" 'é'"
 TIMED = {"seconds.csv", "metrics.json", "index.html"}  # hold how long it took
 

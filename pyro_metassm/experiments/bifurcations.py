@@ -206,7 +206,7 @@ def draw(
     fits = {
         method.label: fit
         for name, method in chosen.items()
-        if not method.plain and (fit := study.adapted(out, name, seed, shown)) is not None
+        if not (method.plain or method.revised) and (fit := study.adapted(out, name, seed, shown)) is not None
     }
     if fits:
         text = f"Flow of held-out recordings, true and learned from {shown} trials, in the coordinates of the truth"
@@ -214,7 +214,7 @@ def draw(
     panels = [n for n in PANELS if n in settings.shots] or list(settings.shots)
     if len(panels) == 1:
         panels = list(settings.shots)
-    text = "Forecasts of held-out recordings, mean over recordings, draws and seeds; dashed: the plain recipe"
+    text = "Forecasts of held-out recordings, mean over recordings, draws and seeds; dashed: plain, dotted: revised"
     by_shots = {f"adapted with {n}": [row for row in forecasts if row["n_s"] == n] for n in panels}
     keep("forecast.png", pictures.forecast(by_shots, chosen, unseen.bin_width), text)
     text = f"Forecasts {k} bins ahead against the number of trials adapted with; bars: standard errors"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -18,6 +18,7 @@ from pyro_metassm.neurons import NeuronTable
 from pyro_metassm.rebuilding import for_recordings
 from pyro_metassm.recordings import Recordings
 from pyro_metassm.result import Fit
+from pyro_metassm.revising import revise
 from pyro_metassm.trainer import NonFiniteLossError, Options, Trainer
 from pyro_metassm.training import fit as library_fit
 
@@ -71,6 +72,7 @@ class Method:
         fit, adapt: arguments of :func:`pyro_metassm.fit` and :func:`pyro_metassm.adapt` in place of the study's.
         trained_as: another method of the study whose fit this one takes; None for a fit of its own.
         adapts_plainly: adapt by the plain recipe; None: as ``plain``.
+        revised: correct what is adapted by :func:`pyro_metassm.revise`, every new recording by its own trials.
     """
 
     label: str
@@ -80,6 +82,7 @@ class Method:
     adapt: Mapping[str, Any] = field(default_factory=dict)
     trained_as: str | None = None
     adapts_plainly: bool | None = None
+    revised: bool = False
 
     @property
     def shares(self) -> bool:
@@ -106,13 +109,23 @@ def _table() -> dict[str, Method]:
         f"{name}-plain": replace(method, label=f"{method.label}, plain recipe", plain=True)
         for name, method in warm.items()
     }
-    return warm | plain
+    beside = {}
+    for name, method in warm.items():
+        beside[name] = method
+        if method.embeds:
+            label = f"{method.label}, revised"
+            beside[f"{name}-revised"] = replace(method, label=label, trained_as=name, revised=True)
+    return beside | plain
 
 
 METHODS = _table()
 PAPER = ("meta", "linear-adapter", "embedding-input", "single", "shared")
 """Those of the paper's table 1."""
-DEFAULT = (*(name for name in METHODS if not METHODS[name].plain), *(f"{name}-plain" for name in PAPER))
+DEFAULT = tuple(
+    name
+    for name, method in METHODS.items()
+    if name == "meta-revised" or name.removesuffix("-plain") in PAPER or not (method.plain or method.revised)
+)
 
 
 def chosen(names, known: Mapping[str, Method] = METHODS) -> dict[str, Method]:
@@ -188,6 +201,17 @@ def adapt(
         return library_adapt(fit, new, seed=seed, num_threads=num_threads, progress=False, **options)
     except NonFiniteLossError as error:
         return error.fit
+
+
+def corrected(
+    method: Method, fit: Fit, new: Recordings, names: Sequence[str]
+) -> Iterator[tuple[Fit, list[str]]]:
+    """The fits to score recordings by, and which: of a revised method one for each, else one for all."""
+    if not method.revised:
+        yield fit, list(names)
+        return
+    for name in names:
+        yield revise(fit, new.select([name]), num_trials=new[name].num_trials), [name]
 
 
 def adapt_plainly(fit: Fit, new: Recordings, steps: Steps, seed: int, num_threads: int | None = None) -> Fit:

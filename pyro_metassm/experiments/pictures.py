@@ -125,13 +125,13 @@ def _finish(axes) -> None:
 
 
 def style(name: str) -> dict[str, Any]:
-    """The look of a method's lines: the plain recipe is dashed, in its method's colour."""
-    bases = [known for known, method in METHODS.items() if not method.plain]
-    base = name.removesuffix("-plain")
+    """The look of a method's lines: the plain recipe is dashed and what is revised dotted, in the method's colour."""
+    bases = [known for known, method in METHODS.items() if not (method.plain or method.revised)]
+    base = name.removesuffix("-plain").removesuffix("-revised")
     place = bases.index(base) if base in bases else len(bases)
     return {
         "color": PALETTE[place % len(PALETTE)],
-        "linestyle": "-" if base == name else "--",
+        "linestyle": "-" if base == name else ":" if name.endswith("-revised") else "--",
         "linewidth": 2.2 if name == bases[0] else 1.3,
     }
 

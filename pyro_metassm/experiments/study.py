@@ -207,14 +207,19 @@ def _adapt_to(
         fit.save(piece.saved)
     rows = []
     for draw in range(num_draws):
-        scored = scores.rows(
-            fit,
-            renamed(test, tag(draw)),
-            s.scoring,
-            counts=s.family.counts,
-            embeds=piece.method.embeds,
-            seed=piece.seed,
-        )
+        drawn = renamed(test, tag(draw))
+        scored = [
+            row
+            for one, names in methods.corrected(piece.method, fit, new, drawn.names)
+            for row in scores.rows(
+                one,
+                drawn.select(names),
+                s.scoring,
+                counts=s.family.counts,
+                embeds=piece.method.embeds,
+                seed=piece.seed,
+            )
+        ]
         rows += [
             row | {"recording": row["recording"].removesuffix(tag(draw)), "draw": draw} for row in scored
         ]
