@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -16,11 +17,12 @@ from pyro_metassm.dynamics import AdaptedMLP, ResidualMLP
 from pyro_metassm.global_sites import declared
 from pyro_metassm.last_layer import information, last_hidden
 from pyro_metassm.models.meta_ssm import MetaSSM
-from pyro_metassm.models.revised import Revised, kernel
+from pyro_metassm.models.revised import Revised, kernel, with_last_layer
 from pyro_metassm.observations import of_single_neurons
 from pyro_metassm.rebuilding import construct
 from pyro_metassm.recordings import Batch, Recordings
 from pyro_metassm.result import Fit, check_fit
+from pyro_metassm.windows import roll_out
 
 HOOKS = (
     "adapt_dynamics", "dynamics_of", "embedding_prior", "embedding_prior_of", "forward", "initial_state", "likelihood",
@@ -29,6 +31,8 @@ HOOKS = (
 REACHES = (0.1, 0.3, 1.0, 3.0)  # of the process, over the spread of the embeddings
 VARIANCES = 10.0 ** np.arange(-12.0, 3.0, 0.5)  # of a weight
 LEAST = 1e-4, 1e-7  # of the largest variance: features and functions below it are left out
+HELD_BY, HELD_BINS = 8, 25  # draws and bins of the roll-outs that a revision must not make worse
+WORSE = 1.01  # times the error of none is no worse: draws have spread
 MOST_DIRECTIONS, MOST_FUNCTIONS, MOST_FEATURES = 1600, 32, 24
 
 
@@ -90,11 +94,12 @@ def revise(fit: Fit, recs: Recordings, *, num_trials: int = 32, num_rounds: int 
             -1
         )
         if process is None:
-            process, gain = _likeliest(at, slope, matrix)
-        mean, covariance = process.posterior(slope, matrix)
+            process = _likeliest(at, slope, matrix)
+        process, mean, covariance = _held(process, slope, matrix, features, sources)
         weights = process.of_places @ mean.unflatten(0, (-1, size[0] * size[1]))
     assert process is not None
     revised = _revised(fit, features, process, mean, covariance)
+    ((_, gain),) = process.log_evidences(slope, matrix, [process.variance])
     report = {"evidence": gain, "reach": process.reach, "sd": process.variance**0.5}
     return dataclasses.replace(revised, attrs=fit.attrs | {"revision": report})
 
@@ -107,6 +112,7 @@ class _Source:
     embedding: Tensor  # (embedding_dim,)
     dynamics: AdaptedMLP
     paths: Tensor  # (1, K, T, latent_dim)
+    read_out: Tensor  # (neuron, latent_dim)
 
     @classmethod
     @torch.no_grad()
@@ -119,7 +125,8 @@ class _Source:
         )
         e = fit.guide.embedding_posterior(fit.statistics[[row]]).mean.double()
         _, paths, _ = fit.guide.common_space(rough)
-        return cls(batch, e[0, 0], model.dynamics_of(e, batch.recording), paths.double())
+        read_out = model.read_out.weight[fit.model.neurons.slice(name)]
+        return cls(batch, e[0, 0], model.dynamics_of(e, batch.recording), paths.double(), read_out)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -159,32 +166,93 @@ class Process:
             total += torch.einsum("a,b,pq->apbq", psi, psi, own)
         return (self.of_places.mT @ slope).flatten(), total.reshape(size, size)
 
+    def log_evidences(
+        self, slope: Tensor, matrix: Tensor, variances: list[float]
+    ) -> Iterator[tuple[float, float]]:
+        """Variances of a weight, and the log evidence of each in nats above that of no change."""
+        values, _, said = _spectrum(*self.system(slope, matrix))
+        for v in variances:
+            terms = v * said.square() / (1 + v * values) - torch.log1p(v * values)
+            yield v, 0.5 * float(terms.sum())
+
     def posterior(self, slope: Tensor, matrix: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and covariance of all ``c``, ``(F p,)`` and ``(F p, F p)``."""
         right, total = self.system(slope, matrix)
-        precision = total + torch.eye(len(total)).to(total) / self.variance
-        covariance = torch.cholesky_inverse(torch.linalg.cholesky(precision))
-        return covariance @ right, covariance
+        values, vectors, said = _spectrum(right, total)
+        variances = 1 / (values + 1 / self.variance)
+        return vectors @ (variances * said), (vectors * variances) @ vectors.mT
 
 
-def _likeliest(places: Tensor, slope: Tensor, matrix: Tensor) -> tuple[Process, float]:
-    """The process of most evidence, and that in nats above none."""
+def _spectrum(slope: Tensor, matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Eigenvalues and vectors of information, and the slope along them; zero where neither is more than rounding.
+
+    Information is a small difference of large numbers, the larger the less of the states is observed: as far as its
+    eigenvalues are negative, positive ones are no more than rounding.
+    """
+    values, vectors = torch.linalg.eigh(matrix)
+    said = values > -values[0].clamp(max=0.0)
+    return values * said, vectors, vectors.mT @ slope * said
+
+
+def _likeliest(places: Tensor, slope: Tensor, matrix: Tensor) -> Process:
+    """The process of most evidence."""
     spread = float((places - places.mean(0)).square().sum(1).mean().sqrt()) or 1.0
     most = min(MOST_FUNCTIONS, max(1, MOST_DIRECTIONS // slope.shape[1]))
     best, process = -np.inf, None
     for reach in REACHES if len(places) > 1 else (1.0,):
         candidate = Process.over(places, reach * spread, most)
-        right, total = candidate.system(slope, matrix)
-        values, vectors = torch.linalg.eigh(total)
-        values, square = values.clamp(min=0.0), (vectors.mT @ right).square()
-        for variance in VARIANCES.tolist():
-            log_evidence = 0.5 * float(
-                (variance * square / (1 + variance * values) - torch.log1p(variance * values)).sum()
-            )
+        for variance, log_evidence in candidate.log_evidences(slope, matrix, VARIANCES.tolist()):
             if log_evidence > best:
                 best, process = log_evidence, dataclasses.replace(candidate, variance=variance)
     assert process is not None
-    return process, best
+    return process
+
+
+def _held(
+    process: Process, slope: Tensor, matrix: Tensor, features: Tensor, sources: list[_Source]
+) -> tuple[Process, Tensor, Tensor]:
+    """The process and its posterior, of a variance so small that draws of it forecast no worse than none.
+
+    What information leaves open may still be unstable: states that observations do not show let evidence be high for
+    dynamics that explode.
+    """
+    without = _roll_out_error(sources, features, process.of_places.new_zeros(1, len(sources), slope.shape[1]))
+    rng = torch.Generator().manual_seed(0)
+    size = process.of_places.shape[1], slope.shape[1]
+    noise = torch.randn(HELD_BY, size[0] * size[1], generator=rng, dtype=torch.float64).to(slope)
+    while True:
+        mean, covariance = process.posterior(slope, matrix)
+        values, vectors = torch.linalg.eigh(covariance)
+        draws = mean + noise * values.clamp(min=0.0).sqrt() @ vectors.mT
+        error = _roll_out_error(sources, features, process.of_places @ draws.unflatten(-1, size))
+        if error <= WORSE * without or process.variance <= VARIANCES[0]:
+            return process, mean, covariance
+        process = dataclasses.replace(process, variance=process.variance / 10)
+
+
+def _roll_out_error(sources: list[_Source], features: Tensor, weights: Tensor) -> float:
+    """Squared error of predictors of single neurons in noise-free roll-outs of smoothed paths, over their variance.
+
+    Args:
+        weights: of last layers, ``(draws, recording, p)``.
+    """
+    total = 0.0
+    for source, own in zip(sources, weights.unbind(1), strict=True):
+        length = min(HELD_BINS, source.paths.shape[2] - 1)
+        if length < 1:
+            continue
+        stretches = source.paths[0].unfold(1, length + 1, length).movedim(-1, -2).flatten(0, 1)
+        seen = source.batch.time_mask[0].unfold(1, length + 1, length).flatten(0, 1).all(-1)
+        z = stretches[seen]  # (V, length + 1, d)
+        spread = ((z - z.mean((0, 1))) @ source.read_out.mT).square().mean()
+        for change in own:
+            dynamics = with_last_layer(
+                source.dynamics, (features @ change.unflatten(0, (features.shape[1], -1)))[None, None]
+            )
+            rolled = roll_out(dynamics, z[None, :, :1], length)[0]
+            error = ((rolled - z[:, 1:]) @ source.read_out.mT).square().mean() / spread
+            total += float(error.nan_to_num(torch.inf)) / len(own)
+    return total
 
 
 def _features(sources: list[_Source], latent_dim: int) -> Tensor:

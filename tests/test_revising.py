@@ -1,5 +1,8 @@
 """A revision against dense Gaussian processes, known truths drawn from its own prior, and what it must leave alone."""
 
+import copy
+import dataclasses
+
 import numpy as np
 import pyro.distributions as dist
 import pytest
@@ -13,7 +16,7 @@ import pyro_metassm as pm
 from pyro_metassm.analysis._maps import Source
 from pyro_metassm.draws import observations_of
 from pyro_metassm.models.revised import kernel
-from pyro_metassm.revising import Process, _likeliest
+from pyro_metassm.revising import Process, _held, _likeliest, _roll_out_error, _Source
 
 NAMES = [f"r{k}" for k in range(4)]
 
@@ -68,7 +71,8 @@ def test_the_process_of_most_evidence_is_that_of_scipy():
     matrix = torch.eye(2, dtype=torch.float64).expand(4, 2, 2) * torch.tensor([1.0, 2.0, 3.0, 4.0]).view(
         4, 1, 1
     )
-    process, evidence = _likeliest(places, slope, matrix)
+    process = _likeliest(places, slope, matrix)
+    ((_, evidence),) = process.log_evidences(slope, matrix, [process.variance])
     noise = torch.block_diag(*torch.linalg.inv(matrix))
     prior = process.variance * torch.kron(
         kernel(places, places, process.reach), torch.eye(2, dtype=torch.float64)
@@ -78,6 +82,44 @@ def test_the_process_of_most_evidence_is_that_of_scipy():
     assert evidence == pytest.approx(
         with_process - stats.multivariate_normal(cov=noise.numpy()).logpdf(seen), rel=1e-4
     )
+
+
+def test_information_below_zero_is_rounding_and_so_is_what_is_no_larger():
+    place, eye = torch.zeros(1, 1, dtype=torch.float64), torch.eye(3, dtype=torch.float64)
+    process = dataclasses.replace(Process.over(place, 1.0, 9), variance=10.0)
+    turned = torch.linalg.qr(
+        torch.randn(3, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    )[0]
+    matrix = turned @ torch.tensor([-0.2, 0.1, 4.0], dtype=torch.float64).diag() @ turned.mT
+    slope = turned @ torch.tensor([100.0, 100.0, 8.0], dtype=torch.float64)
+    mean, covariance = process.posterior(slope[None], matrix[None])
+    known = torch.tensor([10.0, 10.0, 1 / 4.1], dtype=torch.float64)
+    torch.testing.assert_close(turned.mT @ mean, 8 * known * eye[2])
+    torch.testing.assert_close(turned.mT @ covariance @ turned, known.diag())
+
+
+def test_a_revision_that_forecasts_worse_than_none_is_held_back(wrong):
+    """Information so small that the weights follow a slope which sends states out of all bounds."""
+    fit, _, recs, _ = wrong
+    model = copy.deepcopy(fit.model).double()
+    source = _Source.of(model, fit, recs, NAMES[0], 4)
+    features = torch.eye(7, 3, dtype=torch.float64)
+    process = dataclasses.replace(Process.over(source.embedding[None], 1.0, 1), variance=1.0)
+    slope, matrix = (
+        torch.full((1, 6), 100.0, dtype=torch.float64),
+        1e-3 * torch.eye(6, dtype=torch.float64)[None],
+    )
+    with torch.no_grad():
+        held, mean, _ = _held(process, slope, matrix, features, [source])
+        errors = [
+            _roll_out_error([source], features, weights.view(1, 1, 6))
+            for weights in (torch.zeros(6).double(), process.posterior(slope, matrix)[0], mean)
+        ]
+        assert held.variance < process.variance and mean.abs().max() < 10.0
+        assert errors[1] > 2 * errors[0] and errors[2] < 1.01 * errors[0]
+        # What does no harm stays as it is.
+        sure, *_ = _held(process, 0 * slope, 1e12 * matrix, features, [source])
+    assert sure == process
 
 
 @pytest.fixture(scope="module")
