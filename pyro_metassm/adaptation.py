@@ -72,7 +72,8 @@ def adapt(
     the known recordings', ``fit.attrs["rollout_error"]``, where the family fits, and larger where it does not; what
     inputs do, which the roll-outs are not given, counts as error in both) and
     ``embedding_spread`` (sd of the embeddings of the last frames, weighted by the data's evidence, by dimension: near 0
-    where the trials decide).
+    where the trials decide). What the family has wrong about a recording, :func:`pyro_metassm.revise` corrects by its
+    trials: ``pm.revise(adapted, new)``, of one new recording.
 
     Args:
         fit: of :func:`pyro_metassm.fit`.

@@ -45,13 +45,15 @@ def revise(fit: Fit, recs: Recordings, *, num_trials: int = 32, num_rounds: int 
     embeddings (:class:`~pyro_metassm.models.Revised`), whose size and reach are those of most evidence. Its posterior
     given all recordings has a closed form once the paths of states are linearised around the likeliest ones, and the
     states themselves are integrated out (:mod:`~pyro_metassm.last_layer`); it is found by Gauss-Newton steps.
-    Read-outs, noise, the other layers and the means of the embeddings are taken as they are.
+    Read-outs, noise, the other layers and the means of the embeddings are taken as they are. Where draws of ``W`` would
+    roll out worse than none, its size is less.
 
     Args:
         fit: of a :class:`~pyro_metassm.models.MetaSSM`, or of a subclass that names another ``dynamics_class`` and
             has no hooks of its own; or what this function returned, of which ``W`` is then found anew.
         recs: recordings that the fit was trained on or adapted to. Few trials of many recordings say more than many of
-            few; between recordings ``W`` is a guess. So adapt a fit first, then revise it with known and new ones.
+            few; between recordings ``W`` is a guess. So adapt a fit first, then revise it: for forecasts of a new
+            recording its own trials suffice, for maps of its dynamics (``docs/calibration.md``) take all recordings.
         num_trials: of every recording, spread over it; seconds and certainty grow with it.
         num_rounds: Gauss-Newton steps; paths are smoothed anew in each.
 

@@ -239,6 +239,7 @@ def test_harder_variants(parts, tmp_path):
     numbers = harder.run(tmp_path, parts=parts, settings=base, say=quiet)
     rows = {(row["variant"], row["n_s"]): row for row in numbers["table"]}
     assert set(rows) == {(variant, n) for variant in parts for n in (0, 1)}
+    assert {row["method"] for row in numbers["table"] if row["n_s"]} == {"meta", "meta-revised"}
     assert all(np.isfinite(row["mean"]) and row["ceiling"] <= 1 for row in rows.values())
     tops = [rows[variant, 1]["ceiling"] for variant in ("noise-10", "noise-100")]
     assert tops[0] > tops[1]
