@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -34,6 +33,7 @@ LEAST = 1e-4, 1e-7  # of the largest variance: features and functions below it a
 HELD_BY, HELD_BINS = 8, 25  # draws and bins of the roll-outs that a revision must not make worse
 WORSE = 1.01  # times the error of none is no worse: draws have spread
 MOST_DIRECTIONS, MOST_FUNCTIONS, MOST_FEATURES = 1600, 32, 24
+Spectrum = tuple[Tensor, Tensor, Tensor]  # of information: eigenvalues, vectors, and the slope along them
 
 
 @machine.alone()
@@ -97,12 +97,13 @@ def revise(fit: Fit, recs: Recordings, *, num_trials: int = 32, num_rounds: int 
         )
         if process is None:
             process = _likeliest(at, slope, matrix)
-        process, mean, covariance = _held(process, slope, matrix, features, sources)
+        spectrum = process.spectrum(slope, matrix)
+        process = _held(process, spectrum, features, sources)
+        mean, variances = process.posterior(spectrum)
         weights = process.of_places @ mean.unflatten(0, (-1, size[0] * size[1]))
     assert process is not None
-    revised = _revised(fit, features, process, mean, covariance)
-    ((_, gain),) = process.log_evidences(slope, matrix, [process.variance])
-    report = {"evidence": gain, "reach": process.reach, "sd": process.variance**0.5}
+    revised = _revised(fit, features, process, mean, variances, spectrum[1])
+    report = {"evidence": process.log_evidence(spectrum), "reach": process.reach, "sd": process.variance**0.5}
     return dataclasses.replace(revised, attrs=fit.attrs | {"revision": report})
 
 
@@ -158,42 +159,31 @@ class Process:
         functions = vectors[:, keep] * values[keep].rsqrt()
         return cls(places, reach, functions, gram @ functions)
 
-    def system(self, slope: Tensor, matrix: Tensor) -> tuple[Tensor, Tensor]:
-        """What recordings at the places say, ``(M, p)`` and ``(M, p, p)``, of all ``c``: slope and information."""
-        size = self.of_places.shape[1] * slope.shape[1]
-        total = torch.zeros(
-            self.of_places.shape[1], slope.shape[1], *(self.of_places.shape[1], slope.shape[1])
-        ).to(slope)
+    def spectrum(self, slope: Tensor, matrix: Tensor) -> Spectrum:
+        """What recordings at the places say, ``(M, p)`` and ``(M, p, p)``, of all ``c`` together.
+
+        Information is a small difference of large numbers, the larger the less of the states is observed: as far as
+        its eigenvalues are negative, positive ones are no more than rounding, and neither are slopes along them.
+        """
+        functions, size = self.of_places.shape[1], self.of_places.shape[1] * slope.shape[1]
+        total = torch.zeros(functions, slope.shape[1], functions, slope.shape[1]).to(slope)
         for psi, own in zip(self.of_places, matrix, strict=True):
             total += torch.einsum("a,b,pq->apbq", psi, psi, own)
-        return (self.of_places.mT @ slope).flatten(), total.reshape(size, size)
+        values, vectors = torch.linalg.eigh(total.reshape(size, size))
+        said = values > -values[0].clamp(max=0.0)
+        return values * said, vectors, vectors.mT @ (self.of_places.mT @ slope).flatten() * said
 
-    def log_evidences(
-        self, slope: Tensor, matrix: Tensor, variances: list[float]
-    ) -> Iterator[tuple[float, float]]:
-        """Variances of a weight, and the log evidence of each in nats above that of no change."""
-        values, _, said = _spectrum(*self.system(slope, matrix))
-        for v in variances:
-            terms = v * said.square() / (1 + v * values) - torch.log1p(v * values)
-            yield v, 0.5 * float(terms.sum())
+    def log_evidence(self, spectrum: Spectrum, variance: float | None = None) -> float:
+        """In nats above that of no change; of this variance, or of another."""
+        values, _, slope = spectrum
+        v = self.variance if variance is None else variance
+        return 0.5 * float((v * slope.square() / (1 + v * values) - torch.log1p(v * values)).sum())
 
-    def posterior(self, slope: Tensor, matrix: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean and covariance of all ``c``, ``(F p,)`` and ``(F p, F p)``."""
-        right, total = self.system(slope, matrix)
-        values, vectors, said = _spectrum(right, total)
+    def posterior(self, spectrum: Spectrum) -> tuple[Tensor, Tensor]:
+        """Mean of all ``c``, ``(F p,)``, and their variances along the vectors of the spectrum."""
+        values, vectors, slope = spectrum
         variances = 1 / (values + 1 / self.variance)
-        return vectors @ (variances * said), (vectors * variances) @ vectors.mT
-
-
-def _spectrum(slope: Tensor, matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Eigenvalues and vectors of information, and the slope along them; zero where neither is more than rounding.
-
-    Information is a small difference of large numbers, the larger the less of the states is observed: as far as its
-    eigenvalues are negative, positive ones are no more than rounding.
-    """
-    values, vectors = torch.linalg.eigh(matrix)
-    said = values > -values[0].clamp(max=0.0)
-    return values * said, vectors, vectors.mT @ slope * said
+        return vectors @ (variances * slope), variances
 
 
 def _likeliest(places: Tensor, slope: Tensor, matrix: Tensor) -> Process:
@@ -203,33 +193,33 @@ def _likeliest(places: Tensor, slope: Tensor, matrix: Tensor) -> Process:
     best, process = -np.inf, None
     for reach in REACHES if len(places) > 1 else (1.0,):
         candidate = Process.over(places, reach * spread, most)
-        for variance, log_evidence in candidate.log_evidences(slope, matrix, VARIANCES.tolist()):
+        spectrum = candidate.spectrum(slope, matrix)
+        for variance in VARIANCES.tolist():
+            log_evidence = candidate.log_evidence(spectrum, variance)
             if log_evidence > best:
                 best, process = log_evidence, dataclasses.replace(candidate, variance=variance)
     assert process is not None
     return process
 
 
-def _held(
-    process: Process, slope: Tensor, matrix: Tensor, features: Tensor, sources: list[_Source]
-) -> tuple[Process, Tensor, Tensor]:
-    """The process and its posterior, of a variance so small that draws of it forecast no worse than none.
+def _held(process: Process, spectrum: Spectrum, features: Tensor, sources: list[_Source]) -> Process:
+    """The process, its variance so small that draws of its posterior forecast no worse than none.
 
     What information leaves open may still be unstable: states that observations do not show let evidence be high for
     dynamics that explode.
     """
-    without = _roll_out_error(sources, features, process.of_places.new_zeros(1, len(sources), slope.shape[1]))
+    functions, directions = process.of_places.shape[1], len(spectrum[0])
+    size = functions, directions // functions
+    without = _roll_out_error(sources, features, process.of_places.new_zeros(1, len(sources), size[1]))
     rng = torch.Generator().manual_seed(0)
-    size = process.of_places.shape[1], slope.shape[1]
-    noise = torch.randn(HELD_BY, size[0] * size[1], generator=rng, dtype=torch.float64).to(slope)
-    while True:
-        mean, covariance = process.posterior(slope, matrix)
-        values, vectors = torch.linalg.eigh(covariance)
-        draws = mean + noise * values.clamp(min=0.0).sqrt() @ vectors.mT
-        error = _roll_out_error(sources, features, process.of_places @ draws.unflatten(-1, size))
-        if error <= WORSE * without or process.variance <= VARIANCES[0]:
-            return process, mean, covariance
+    noise = torch.randn(HELD_BY, directions, generator=rng, dtype=torch.float64).to(spectrum[1])
+    while process.variance > VARIANCES[0]:
+        mean, variances = process.posterior(spectrum)
+        draws = (mean + (noise * variances.sqrt()) @ spectrum[1].mT).unflatten(-1, size)
+        if _roll_out_error(sources, features, process.of_places @ draws) <= WORSE * without:
+            break
         process = dataclasses.replace(process, variance=process.variance / 10)
+    return process
 
 
 def _roll_out_error(sources: list[_Source], features: Tensor, weights: Tensor) -> float:
@@ -271,9 +261,10 @@ def _features(sources: list[_Source], latent_dim: int) -> Tensor:
 
 
 @torch.no_grad()
-def _revised(fit: Fit, features: Tensor, process: Process, mean: Tensor, covariance: Tensor) -> Fit:
-    """The fit with the process: in the eigenvectors of its covariance, prior and posterior are both independent."""
-    values, vectors = torch.linalg.eigh(covariance / process.variance)
+def _revised(
+    fit: Fit, features: Tensor, process: Process, mean: Tensor, variances: Tensor, vectors: Tensor
+) -> Fit:
+    """The fit with the process: in the vectors of its spectrum, prior and posterior are both independent."""
     sd = process.variance**0.5
     shape = process.functions.shape[1], features.shape[1], fit.model.latent_dim
     config = fit.model.config | {
@@ -296,7 +287,7 @@ def _revised(fit: Fit, features: Tensor, process: Process, mean: Tensor, covaria
     model.load_state_dict(model.state_dict() | _but_the_site(fit.model) | own)
     posterior = {
         "global_sites.loc.last_layer": vectors.mT @ mean / sd,
-        "global_sites.log_scale.last_layer": 0.5 * values.clamp(min=1e-12).log(),
+        "global_sites.log_scale.last_layer": 0.5 * (variances / process.variance).clamp(min=1e-12).log(),
     }
     guide.load_state_dict(guide.state_dict() | _but_the_site(fit.guide) | posterior)
     return dataclasses.replace(fit, model=model.eval(), guide=guide.eval())
