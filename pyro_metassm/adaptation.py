@@ -65,7 +65,8 @@ def adapt(
     by roll-outs of the frozen dynamics, with these read-outs as a prior; the data's evidence chooses among the last,
     where observations are of single neurons and steps are Normal (:mod:`pyro_metassm.few_shot`). (2) The read-outs: a
     regression with that prior. (3) ``num_steps`` of SVI, of counts with the read-ins of the known recordings as a
-    prior, too; read-ins of real numbers, which the search has found, at a tenth of the rate.
+    prior, too; read-ins of real numbers, which the search has found, at a tenth of the rate. After a fit with
+    ``smooth_counts`` the encoder infers embeddings from the paths found, which are clearer than what a read-in gives.
 
     One trial suffices to start; whether it says enough is in ``attrs["adaptation"]`` of the result: for every recording
     ``rollout_error`` (mean squared error of roll-outs of up to 25 bins, in variances of the recording's latents: near
@@ -138,9 +139,11 @@ def adapt(
             fit.model, [name for name, row in zip(fit.names, _trained(fit), strict=True) if row]
         )
         with model.given(guide.global_sites.medians()):
-            report = _start(fit, model, guide, new, prior, parts, num_starts, search_steps, seed, bar)
+            report, inferred = _start(
+                fit, model, guide, new, prior, parts, num_starts, search_steps, seed, bar
+            )
         options = Options(num_steps, trials_per_step, None, learning_rate, False, 0, 1.0, 0.0, seed)
-        trainer = Adapter(fit, model, guide, new, prior, options, parts, report)
+        trainer = Adapter(fit, model, guide, new, prior, options, parts, report, inferred)
         trainer.seconds["search"] = time.perf_counter() - began
         while trainer.step < num_steps:
             trainer.take_step()
@@ -216,8 +219,15 @@ def _trained(fit: Fit) -> Tensor:
     return fit.statistics.isfinite().all(-1)
 
 
-def _start(fit, model, guide, new, prior, parts, num_starts, search_steps, seed, bar) -> dict:
-    """Read-ins and read-outs of the new recordings from the data; what is known of how well they fit."""
+def _start(
+    fit, model, guide, new, prior, parts, num_starts, search_steps, seed, bar
+) -> tuple[dict, Tensor | None]:
+    """Read-ins and read-outs of the new recordings from the data.
+
+    Returns:
+        what is known of how well they fit; the statistics of the embeddings that smoothed the paths of noisy counts,
+        which tell more than those that a read-in of so few counts gives.
+    """
     rng = torch.Generator().manual_seed(seed)
     batch = new.batch(model.names, dtype=fit.dtype, device=fit.device)
     bins = (batch.mask & batch.held_in[:, None, None, :]).any(-1)
@@ -266,9 +276,11 @@ def _start(fit, model, guide, new, prior, parts, num_starts, search_steps, seed,
     with torch.no_grad():
         _, z, share = guide.common_space(batch)
         z = TiedFrames(frame, offset).states(frames.coordinates) if smooth else z
+    statistics = None
     if smooth:
         with torch.no_grad():
-            e = guide.embedding_posterior(guide.embedding_statistics(z, share, batch)).mean
+            statistics = guide.embedding_statistics(z, share, batch)
+            e = guide.embedding_posterior(statistics).mean
         for _ in range(SETTLING):
             z, draws = smoothed_by(model, e, z, batch)
             refit_read_outs(tempered(model), draws, batch, prior=prior)
@@ -279,7 +291,7 @@ def _start(fit, model, guide, new, prior, parts, num_starts, search_steps, seed,
     if not smooth or list(model.observation.parameters()):
         fit_read_outs(model, z, batch, rng, num_steps=40, prior=prior, afresh=False)
     model.requires_grad_(False)
-    return report
+    return report, statistics
 
 
 def _as_they_are(frame: Tensor, offset: Tensor) -> tuple[Tensor, Tensor]:
@@ -319,17 +331,20 @@ class Adapter(Trainer):
         options: Options,
         parts: Sequence[str],
         report: dict,
+        inferred: Tensor | None = None,
     ):
-        self.embedding: list[nn.Parameter] = []
-        if "embedding" in parts:
-            loc, variance = embedding_statistics(model, guide, recs).chunk(2, -1)
-            self.embedding = [nn.Parameter(loc.clone()), nn.Parameter(variance.log())]
+        free = "embedding" in parts
+        self.embedding: list[nn.Parameter] = []  # where it is not inferred anew in every step
+        if free or inferred is not None:
+            given = embedding_statistics(model, guide, recs) if inferred is None else inferred
+            loc, variance = given.chunk(2, -1)
+            self.embedding = [nn.Parameter(x, requires_grad=free) for x in (loc.clone(), variance.log())]
         for module, part, own in zip(
             (model, guide), ("read_out", "read_in"), tables(model, guide), strict=True
         ):
             _requires_grad(module, own if part in parts else ())
         self.read_in_precision = read_in_precision(fit) if "read_in" in parts else None
-        super().__init__(model, guide, recs, options, fit.device, self.embedding)
+        super().__init__(model, guide, recs, options, fit.device, self.embedding if free else [])
         self.fit, self.prior, self.report = fit, prior, report
 
     def started(self) -> nn.Module:
@@ -341,8 +356,8 @@ class Adapter(Trainer):
         if not self.embedding:
             return batch
         loc, log_variance = self.embedding
-        free = torch.cat([loc, log_variance.exp()], -1)[batch.recording]
-        return dataclasses.replace(batch, embedding_statistics=free)
+        statistics = torch.cat([loc, log_variance.exp()], -1)[batch.recording]
+        return dataclasses.replace(batch, embedding_statistics=statistics)
 
     def penalty(self, terms, batch: Batch) -> Tensor | float:
         log_prior = self.prior.of_batch(self.model, batch)

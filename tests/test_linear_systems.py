@@ -9,9 +9,11 @@ import pytest
 import torch
 
 import pyro_metassm as pm
+from pyro_metassm.adaptation import PARTS
 from pyro_metassm.frames import canonical_frames
 from pyro_metassm.linear_systems import _linear, frames_of_simulations, regressed, through_linear_systems
 from pyro_metassm.read_outs import fit_read_outs
+from pyro_metassm.result import embedding_statistics
 from pyro_metassm.teaching import teach
 from pyro_metassm.warm_start import smoothed_by, write_likeliest_noise
 
@@ -228,8 +230,15 @@ def test_a_fit_that_smooths_counts_is_asked_for_and_remembered():
     plain, fit = pm.fit(model, guide, old, **few), pm.fit(model, guide, old, smooth_counts=True, **few)
     assert "smooth_counts" not in plain.attrs and fit.attrs["smooth_counts"]
     assert not torch.equal(plain.model.read_out.weight, fit.model.read_out.weight)
-    adapted = pm.adapt(fit, new, num_steps=0, num_starts=4, search_steps=3, progress=False)
+    search = {"num_starts": 4, "search_steps": 3, "progress": False}
+    adapted = pm.adapt(fit, new, num_steps=0, **search)
     assert all(p.isfinite().all() for part in (adapted.model, adapted.guide) for p in part.parameters())
+    # Its embedding is that of the paths found, which SVI of the read-in leaves; it may be freed.
+    steps = {train: pm.adapt(fit, new, num_steps=2, train=train, **search) for train in (PARTS[:2], PARTS)}
+    assert torch.equal(steps[PARTS[:2]].statistics, adapted.statistics)
+    assert not torch.equal(steps[PARTS].statistics, adapted.statistics)
+    assert not torch.equal(embedding_statistics(adapted.model, adapted.guide, new)[2], adapted.statistics[2])
+    assert embedding_statistics(plain.model, plain.guide, old).equal(plain.statistics)
     # Data that are no counts start as ever.
     values = [pm.Recording(r.name, r.observations + 0.5, bin_width=r.bin_width) for r in old.values()]
     model = pm.models.MetaSSM(pm.Recordings(values), latent_dim=2, embedding_dim=1)
