@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 LOWEST = -0.5  # of the axes of scores
+NEAR = 0.1  # below the ceiling: the range of scores of methods that forecast at all
 SEEN = 32  # trials that say where a flow is drawn
 GREY = "0.75"
 
@@ -96,21 +97,26 @@ def _line(ax: Axes, rows: Sequence[Row], key: str, label: str, look: Mapping[str
 
 
 def shots_curve(table: Sequence[Row], chosen: Mapping[str, Method], k: str) -> Figure:
-    """The score of the table against the number of adaptation trials, with standard errors."""
+    """The score of the table against the number of adaptation trials, with standard errors; at the right, the top."""
     import matplotlib.pyplot as plt
 
-    figure, ax = plt.subplots(figsize=(7.5, 4), layout="constrained")
-    for name, method in chosen.items():
-        rows = sorted((row for row in table if row["method"] == name), key=lambda row: row["n_s"])
-        n, mean, sem = (np.array([row[key] for row in rows], float) for key in ("n_s", "mean", "sem"))
-        ax.errorbar(n, mean, np.nan_to_num(sem), label=method.label, marker="o", markersize=3, **style(name))
+    figure, (ax, near) = plt.subplots(1, 2, figsize=(10.5, 4), layout="constrained")
     top = sorted({(row["n_s"], row["ceiling"]) for row in table})
-    ax.plot(*zip(*top, strict=True), color="black", linestyle=":", label="ceiling")
-    ax.set_xscale("log", base=2)
-    ax.set_xticks([n for n, _ in top], [str(n) for n, _ in top])
-    ax.set_xlabel("trials to adapt with")
-    _finish([ax])
+    for axes in (ax, near):
+        for name, method in chosen.items():
+            rows = sorted((row for row in table if row["method"] == name), key=lambda row: row["n_s"])
+            n, mean, sem = (np.array([row[key] for row in rows], float) for key in ("n_s", "mean", "sem"))
+            look = {"label": method.label, "marker": "o", "markersize": 3, **style(name)}
+            axes.errorbar(n, mean, np.nan_to_num(sem), **look)
+        axes.plot(*zip(*top, strict=True), color="black", linestyle=":", label="ceiling")
+        axes.set_xscale("log", base=2)
+        axes.set_xticks([n for n, _ in top], [str(n) for n, _ in top])
+        axes.set_xlabel("trials to adapt with")
+    _finish([ax, near])
     ax.set_ylabel(f"forecast $R^2$, k = {k}")
+    best = max(ceiling for _, ceiling in top)
+    near.set_ylim(best - NEAR, best + 0.1 * NEAR)
+    near.set_title("near the ceiling", fontsize="medium")
     return figure
 
 
