@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -21,6 +22,7 @@ from pyro_metassm.observations import of_single_neurons
 from pyro_metassm.rebuilding import construct
 from pyro_metassm.recordings import Batch, Recordings
 from pyro_metassm.result import Fit, check_fit
+from pyro_metassm.tempering import tempered
 from pyro_metassm.windows import roll_out
 
 HOOKS = (
@@ -46,7 +48,8 @@ def revise(fit: Fit, recs: Recordings, *, num_trials: int = 32, num_rounds: int 
     given all recordings has a closed form once the paths of states are linearised around the likeliest ones, and the
     states themselves are integrated out (:mod:`~pyro_metassm.last_layer`); it is found by Gauss-Newton steps.
     Read-outs, noise, the other layers and the means of the embeddings are taken as they are. Where draws of ``W`` would
-    roll out worse than none, its size is less.
+    roll out worse than none, its size is less. Counts are seen as more dispersed than a Poisson likelihood has them,
+    so that bursts do not decide.
 
     Args:
         fit: of a :class:`~pyro_metassm.models.MetaSSM`, or of a subclass that names another ``dynamics_class`` and
@@ -83,9 +86,12 @@ def revise(fit: Fit, recs: Recordings, *, num_trials: int = 32, num_rounds: int 
     at = torch.stack([s.embedding for s in sources])
     weights = torch.zeros(len(sources), size[0] * size[1]).to(at)
     process: Process | None = None
+    # Bursts of counts, taken at their word, send paths astray.
+    chain = {"process_noise": base.process_noise, "initial": base.initial}
+    seen = SimpleNamespace(**vars(tempered(base)) | chain)
     for _ in range(num_rounds):
         found = [
-            information(base, s.dynamics, features, w.unflatten(0, size), s.paths, s.batch)
+            information(seen, s.dynamics, features, w.unflatten(0, size), s.paths, s.batch)
             for s, w in zip(sources, weights, strict=True)
         ]
         for source, info in zip(sources, found, strict=True):

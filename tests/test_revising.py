@@ -232,6 +232,32 @@ class WithSite(pm.models.MetaSSM):
         self.tau = PyroSample(dist.Normal(0.0, 1.0))
 
 
+def test_a_burst_of_counts_does_not_decide_a_revision():
+    """One bin of one neuron with 20,000 counts among 3,840 bins of neurons: the evidence is that of the others."""
+    rng = np.random.default_rng(0)
+    counts = rng.poisson(1.0, size=(8, 40, 12)).astype(np.float32)
+    found = []
+    for burst in (counts[3, 20, 0], 2e4):
+        counts[3, 20, 0] = burst
+        recs = pm.Recordings([pm.Recording("r0", counts, bin_width=0.05)])
+        model = pm.models.MetaSSM(
+            recs, latent_dim=2, embedding_dim=1, hidden_dim=6, likelihood=pm.likelihoods.Poisson
+        )
+        guide = pm.guides.DKF(model, hidden_dim=4)
+        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            for part in (model, guide):
+                for tensor in part.parameters():
+                    tensor.copy_(0.3 * torch.randn_like(tensor))
+            model.process_noise.log_scale.fill_(np.log(0.1))
+            model.observation.start(recs)
+        statistics = torch.tensor([[0.0, 1e-6]])
+        fit = pm.Fit(model.eval(), guide.eval(), xr.Dataset(), statistics, attrs={"bin_width": 0.05})
+        found.append(pm.revise(fit, recs).attrs["revision"])
+    assert abs(found[0]["evidence"] - found[1]["evidence"]) < 10, found
+    assert found[1]["sd"] < 10 * found[0]["sd"] + 1e-3, found
+
+
 def test_bad_input_is_named():
     recs = recordings(num_trials=2, num_bins=5)
     with pytest.raises(ValueError, match=r"revise: needed a model with the hooks of MetaSSM.*transition"):
