@@ -9,9 +9,17 @@ import pytest
 
 import pyro_metassm as pm
 from pyro_metassm import cli
-from pyro_metassm.experiments import decisions, pooling, pooling_report, reaching, recorded
+from pyro_metassm.experiments import (
+    decisions,
+    pooling,
+    pooling_report,
+    pooling_scores,
+    pooling_settings,
+    reaching,
+    recorded,
+)
 
-TINY = pooling.Setting(
+TINY = pooling_settings.Setting(
     latent_dim=2, num_steps=3, warm_start_steps=3, trials_per_step=4, tune_steps=2, scratch_steps=2, adapt_steps=2,
     num_starts=4, search_steps=3, shots=(4, 16), context=2, horizon=3, num_samples=3,
 )  # fmt: skip
@@ -96,13 +104,13 @@ def test_bits_and_their_standard_error_are_those_of_resampled_trials():
     rng = np.random.default_rng(0)
     spikes = rng.poisson(20, 400).astype(float)
     gains = 0.1 * spikes + rng.normal(size=400)
-    value, error = pooling.bits([gains.tolist(), spikes.tolist()])
+    value, error = pooling_scores.bits([gains.tolist(), spikes.tolist()])
     assert value == pytest.approx(gains.sum() / spikes.sum() / math.log(2))
     drawn = rng.integers(400, size=(3000, 400))
     spread = (gains[drawn].sum(1) / spikes[drawn].sum(1) / math.log(2)).std()
     assert error == pytest.approx(spread, rel=5 / math.sqrt(2 * 3000) + 0.03)
     other = [(gains - 0.5).tolist(), spikes.tolist()]
-    difference, paired = pooling.bits([gains.tolist(), spikes.tolist()], minus=other)
+    difference, paired = pooling_scores.bits([gains.tolist(), spikes.tolist()], minus=other)
     assert difference == pytest.approx(0.5 * 400 / spikes.sum() / math.log(2)) and paired < 0.2 * error
 
 
@@ -114,15 +122,15 @@ def test_scores_are_those_of_metrics():
     ]
     rates = [rng.gamma(2.0, size=r.values.shape) for r in made]
     ahead = rng.gamma(2.0, size=(20, 3, 8))
-    found = pooling.score(*rates, ahead, *made, TINY)
+    found = pooling_scores.score(*rates, ahead, *made, TINY)
     y = made[1].observations
-    assert pooling.bits(found["co"])[0] == pytest.approx(
+    assert pooling_scores.bits(found["co"])[0] == pytest.approx(
         pm.metrics.bits_per_spike(rates[1][..., [1, 5]], y[..., [1, 5]])
     )
-    assert pooling.bits(found["fp"])[0] == pytest.approx(pm.metrics.bits_per_spike(ahead, y[:, 2:5]))
+    assert pooling_scores.bits(found["fp"])[0] == pytest.approx(pm.metrics.bits_per_spike(ahead, y[:, 2:5]))
     again = pm.metrics.velocity_r2(rates[0], made[0].behavior[..., :2], rates[1], made[1].behavior[..., :2])
     assert found["velocity"][0] == pytest.approx(again) and found["velocity"][1] > 0
-    assert set(pooling.score(None, None, ahead, *made, TINY)) == {"fp"}
+    assert set(pooling_scores.score(None, None, ahead, *made, TINY)) == {"fp"}
 
 
 def test_differences_pair_trials_and_verdicts_say_where_it_does_not_help():
@@ -224,7 +232,7 @@ def test_decisions_from_end_to_end(tmp_path):
 def test_the_single_recording_has_shared_dynamics(monkeys):
     """Of one recording there is nothing to adapt: rank 0, and everything else as in the pool."""
     recs = reaching.load(monkeys, small=True)
-    plan = pooling.Plan("p", recs.names[:2], recs.names[2:])
+    plan = pooling_settings.Plan("p", recs.names[:2], recs.names[2:])
     train, _ = recs.split(TINY.test_fraction, seed=0)
     fit = pooling.fit_of(train.select(plan.pooled), TINY, 0)
     assert fit.names == plan.pooled and fit.model.config["rank"] == TINY.rank

@@ -10,7 +10,7 @@ from typing import Any
 
 from pyro_metassm import plots
 from pyro_metassm.experiments import pooling, pooling_report, recorded, report, study, tables
-from pyro_metassm.experiments.pooling import Plan, Setting
+from pyro_metassm.experiments.pooling_settings import Plan, Setting
 from pyro_metassm.experiments.settings import claim
 from pyro_metassm.posterior import posterior
 from pyro_metassm.recordings import Recordings

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from pyro_metassm.experiments import report, tables
-from pyro_metassm.experiments.pooling import bits
+from pyro_metassm.experiments.pooling_scores import bits
 from pyro_metassm.plots._style import PALETTE
 from pyro_metassm.recordings import Recordings
 from pyro_metassm.reporting import html as page

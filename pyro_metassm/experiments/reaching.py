@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from pyro_metassm.experiments import pooling, pooling_report, reaching_pictures, recorded, report
-from pyro_metassm.experiments.pooling import Plan, Setting
+from pyro_metassm.experiments.pooling_settings import Plan, Setting
 from pyro_metassm.experiments.settings import claim
 from pyro_metassm.recordings import Recording, Recordings
 

@@ -12,7 +12,7 @@ from pyro_metassm import _machine as machine
 from pyro_metassm import metrics, plots
 from pyro_metassm.draws import observation, posterior_chunks
 from pyro_metassm.experiments import pooling, report
-from pyro_metassm.experiments.pooling import Plan, Setting
+from pyro_metassm.experiments.pooling_settings import Plan, Setting
 from pyro_metassm.experiments.recorded import conditions
 from pyro_metassm.plots._style import PALETTE
 from pyro_metassm.posterior import posterior
