@@ -113,7 +113,7 @@ def fit_of(recs: Recordings, setting: Setting, seed: int, *, few: bool = False) 
             likelihood=likelihoods.Poisson,
         )
         guide = DKF(model, neuron_dropout=setting.neuron_dropout)
-    return train_fit(
+    fit = train_fit(
         model,
         guide,
         recs,
@@ -124,12 +124,15 @@ def fit_of(recs: Recordings, setting: Setting, seed: int, *, few: bool = False) 
         seed=seed,
         progress=False,
     )
+    for _ in range(setting.pool_cycles - 1 if len(recs) > 1 and not few else 0):
+        fit = tuned(fit, recs, setting.num_steps, setting.learning_rate, setting, seed)
+    return fit
 
 
 def tuned(
     start: Fit, recs: Recordings, num_steps: int, learning_rate: float, setting: Setting, seed: int
 ) -> Fit:
-    """All of a fit trained on with some recordings: what was shared is no longer."""
+    """All of a fit trained on, with the recordings given: with one alone, what was shared is no longer."""
     return train_fit(
         start.model,
         start.guide,
@@ -167,11 +170,11 @@ class _Data:
         return self._rows(fit, self.train, plan.pooled, "pooled", "pooled")
 
     def pooled_tuned(self, plan: Plan, seed: int, folder: Path) -> list[dict]:
-        """The pooled fit, a second cycle with each of its recordings alone."""
+        """The pooled fit, a last cycle with each of its recordings alone."""
         rows = []
         for name in plan.pooled:
             start = saving.load(folder / "pooled")
-            rows += self._second_cycle(start, name, seed, "pooled-tuned", "pooled, then alone")
+            rows += self._last_cycle(start, name, seed, "pooled-tuned", "pooled, then alone")
         return rows
 
     def adapted(self, plan: Plan, seed: int, shots: int, folder: Path) -> list[dict]:
@@ -198,12 +201,12 @@ class _Data:
         return self._rows(fit, few, plan.held_out, "tuned", "fine-tuned")
 
     def alone(self, name: str, seed: int) -> list[dict]:
-        """One recording alone, whatever the plans that pool it; and as long as :meth:`pooled_tuned`."""
+        """One recording alone, whatever the plans that pool it; and with a last cycle as :meth:`pooled_tuned`."""
         fit = fit_of(self.train.select([name]), self.setting, seed)
         rows = self._rows(fit, self.train, [name], "single", "single recording")
-        return rows + self._second_cycle(fit, name, seed, "single", "single, longer")
+        return rows + self._last_cycle(fit, name, seed, "single", "single, longer")
 
-    def _second_cycle(self, start: Fit, name: str, seed: int, piece: str, method: str) -> list[dict]:
+    def _last_cycle(self, start: Fit, name: str, seed: int, piece: str, method: str) -> list[dict]:
         setting, recs = self.setting, self.train.select([name])
         fit = tuned(start, recs, setting.tune_steps, setting.tune_learning_rate, setting, seed)
         return self._rows(fit, self.train, [name], piece, method)
