@@ -69,6 +69,7 @@ def forecast_r2(
 
     Raises:
         ValueError: an unknown recording, ``context`` or ``horizon`` below 1, no trial as long as ``context``.
+        FloatingPointError: latents that leave the finite numbers.
 
     Example:
         >>> import pyro_metassm as pm

@@ -141,6 +141,21 @@ def test_flow_errors_are_of_every_fit_and_adaptation(done):
         assert row["mean"] <= 2.0 and f"<td>{tables.plus_minus(row)}</td>" in text
 
 
+@pytest.mark.parametrize("broken", ["dynamics", "guide"])
+def test_what_explodes_scores_minus_infinity(done, broken):
+    """A plain recipe may end in dynamics that leave the finite numbers: a score, not the end of the study."""
+    _, test = TINY.family.training(seed=0)
+    fit = study.trained(done, "meta", 0)
+    with torch.no_grad():
+        if broken == "dynamics":
+            fit.model.dynamics.layers[-1].weight *= 1e30
+        else:
+            fit.guide.read_in.bias.fill_(torch.nan)
+    for row in scores.rows(fit, test, TINY.scoring, counts=False, embeds=True, seed=0):
+        assert set(row["r2"]) == {-np.inf} and row["flow_r2"] < -1e30
+        assert np.isfinite(row["ceiling"]).all()
+
+
 def test_the_page_says_what_the_tables_say(done):
     parser = Texts()
     text = (done / "index.html").read_text(encoding="utf-8")

@@ -80,22 +80,31 @@ def forecasts(
 ) -> dict[str, list[float]]:
     """By recording, variance explained 1 to ``horizon`` steps ahead: of observations, or of the log rates of counts.
 
-    A posterior mean that leaves the finite numbers scores minus infinity.
+    A recording whose forecasts leave the finite numbers, as those of a plain recipe may, scores minus infinity.
     """
     given: dict[str, Any] = {"context": scoring.context, "horizon": scoring.horizon}
     given |= {"num_samples": scoring.num_samples, "seed": seed}
-    if not counts:
-        with np.errstate(over="ignore", invalid="ignore"):
-            score = metrics.forecast_r2(fit, test, **given)
-        return {name: _finite(score.sel(recording=name).values) for name in test.names}
+    curve = _log_rates_explained if counts else _explained
     found = {}
     for name in test.names:
-        one = test.select([name])
-        rates = part(forecast(fit, one, **given), name, "predictions")["rates"].values[0]
-        log_rates = np.log(np.maximum(rates.astype(np.float64), 1e-12)).mean(0)
-        target = oracle.targets(one, name, scoring.context, scoring.horizon, counts)
-        found[name] = _finite(np.array(oracle.curve(target, log_rates)))
+        try:
+            found[name] = _finite(curve(fit, test.select([name]), given))
+        except FloatingPointError:
+            found[name] = [-np.inf] * scoring.horizon
     return found
+
+
+def _explained(fit: Fit, one: Recordings, given: dict[str, Any]) -> np.ndarray:
+    with np.errstate(over="ignore", invalid="ignore"):
+        return metrics.forecast_r2(fit, one, **given).values[0]
+
+
+def _log_rates_explained(fit: Fit, one: Recordings, given: dict[str, Any]) -> np.ndarray:
+    (name,) = one.names
+    rates = part(forecast(fit, one, **given), name, "predictions")["rates"].values[0]
+    log_rates = np.log(np.maximum(rates.astype(np.float64), 1e-12)).mean(0)
+    target = oracle.targets(one, name, given["context"], given["horizon"], counts=True)
+    return np.array(oracle.curve(target, log_rates))
 
 
 def flow_scores(fit: Fit, test: Recordings, seed: int) -> tuple[float, float]:
@@ -107,10 +116,12 @@ def flow_scores(fit: Fit, test: Recordings, seed: int) -> tuple[float, float]:
     """
     (name,) = test.names
     some = test.take_trials(min(FLOW_TRIALS, test[name].num_trials))
-    tree = posterior(fit, some, num_samples=FLOW_DRAWS, seed=seed)
     try:
-        known = align(tree, name)
-    except np.linalg.LinAlgError:  # latents that do not vary
+        known = align(posterior(fit, some, num_samples=FLOW_DRAWS, seed=seed), name)
+    except (
+        np.linalg.LinAlgError,
+        FloatingPointError,
+    ):  # latents that do not vary, or leave the finite numbers
         return -np.inf, -np.inf
     truth = some.truth[name]
     states = truth["latents"].values.reshape(-1, truth.sizes["latent_dim"])
