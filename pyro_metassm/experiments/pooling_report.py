@@ -257,6 +257,9 @@ def bars(found: Sequence[Row]) -> Figure:
     used = [name for name in NAMES.values() if any(np.isfinite(row[name]) for row in found)]
     methods = list(dict.fromkeys(row["method"] for row in found))
     names = list(dict.fromkeys(row["recording"] for row in found))
+    colors = plt.get_cmap("turbo")(
+        np.linspace(0.05, 0.95, len(methods))
+    )  # more methods than a cycle has colours
     pairs = {(row["recording"], row["method"]) for row in found}
     groups = [[(name, method) for method in methods if (name, method) in pairs] for name in names]
     rows = [pair for group in groups for pair in [*group, None]][:-1]  # an empty row between recordings
@@ -273,7 +276,7 @@ def bars(found: Sequence[Row]) -> Figure:
             of = [row for row in of if row["trials"] == most and np.isfinite(row[score])]
             if of and pair:
                 value, error = (float(np.mean([row[key] for row in of])) for key in (score, f"{score}_se"))
-                color = f"C{methods.index(pair[1]) % 10}"
+                color = colors[methods.index(pair[1])]
                 ax.barh(at, value, 0.9, xerr=error, color=color, error_kw={"linewidth": 0.8})
                 if value < left:  # the bar leaves the picture
                     ax.text(left, at, f" {value:.2f}", va="center", fontsize="x-small", color="white")
@@ -282,7 +285,7 @@ def bars(found: Sequence[Row]) -> Figure:
         ax.set_ylim(len(rows), -1)
         ax.axvline(0.0, color="0.6", linewidth=0.8)
         ax.set_xlim(left=left)
-    handles = [plt.Rectangle((0, 0), 1, 1, color=f"C{m % 10}") for m in range(len(methods))]
+    handles = [plt.Rectangle((0, 0), 1, 1, color=color) for color in colors]
     figure.legend(handles, methods, loc="outside right upper", frameon=False, fontsize="small")
     return figure
 
