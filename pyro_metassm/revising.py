@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -86,9 +85,7 @@ def revise(fit: Fit, recs: Recordings, *, num_trials: int = 32, num_rounds: int 
     at = torch.stack([s.embedding for s in sources])
     weights = torch.zeros(len(sources), size[0] * size[1]).to(at)
     process: Process | None = None
-    # Bursts of counts, taken at their word, send paths astray.
-    chain = {"process_noise": base.process_noise, "initial": base.initial}
-    seen = SimpleNamespace(**vars(tempered(base)) | chain)
+    seen = tempered(base)  # bursts of counts, taken at their word, send paths astray
     for _ in range(num_rounds):
         found = [
             information(seen, s.dynamics, features, w.unflatten(0, size), s.paths, s.batch)

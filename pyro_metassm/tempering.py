@@ -36,7 +36,7 @@ class Overdispersed:
 
 
 def tempered(model, r: float = WORTH) -> SimpleNamespace:
-    """The model's ``read_out``, ``observation`` and ``likelihood``, as smoothers and regressions are to see them.
+    """A model as smoothers and regressions are to see it: its read-outs, its chain of states, a wider likelihood.
 
     Bursts of thousands of counts, taken at their word, bend states and read-outs to what is wrong with either.
     """
@@ -45,4 +45,5 @@ def tempered(model, r: float = WORTH) -> SimpleNamespace:
         y = model.likelihood(predictor, recording)
         return Overdispersed(y, r) if isinstance(y, SaturatingPoisson) else y
 
-    return SimpleNamespace(read_out=model.read_out, observation=model.observation, likelihood=likelihood)
+    same = ("read_out", "observation", "initial", "process_noise")
+    return SimpleNamespace(likelihood=likelihood, **{name: getattr(model, name) for name in same})

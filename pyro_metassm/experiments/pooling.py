@@ -124,7 +124,8 @@ def fit_of(recs: Recordings, setting: Setting, seed: int, *, few: bool = False) 
         seed=seed,
         progress=False,
     )
-    for _ in range(setting.pool_cycles - 1 if len(recs) > 1 and not few else 0):
+    cycles = 1 if few or len(recs) == 1 else setting.pool_cycles
+    for _ in range(cycles - 1):
         fit = tuned(fit, recs, setting.num_steps, setting.learning_rate, setting, seed)
     return fit
 

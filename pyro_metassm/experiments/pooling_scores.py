@@ -94,7 +94,7 @@ def bits(
 
 
 def _gains(rates: np.ndarray, spikes: np.ndarray) -> list[list[float]]:
-    return [values.tolist() for values in gained(np.where(np.isnan(spikes), np.nan, rates), spikes)]
+    return [values.tolist() for values in gained(rates, spikes)]
 
 
 def _r2(truth: np.ndarray, decoded: np.ndarray) -> list[float]:

@@ -118,10 +118,7 @@ def flow_scores(fit: Fit, test: Recordings, seed: int) -> tuple[float, float]:
     some = test.take_trials(min(FLOW_TRIALS, test[name].num_trials))
     try:
         known = align(posterior(fit, some, num_samples=FLOW_DRAWS, seed=seed), name)
-    except (
-        np.linalg.LinAlgError,
-        FloatingPointError,
-    ):  # latents that do not vary, or leave the finite numbers
+    except (np.linalg.LinAlgError, FloatingPointError):  # they do not vary, or leave the finite numbers
         return -np.inf, -np.inf
     truth = some.truth[name]
     states = truth["latents"].values.reshape(-1, truth.sizes["latent_dim"])
