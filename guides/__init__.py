@@ -8,4 +8,5 @@ if not __name__.startswith("pyro_metassm."):
 from pyro_metassm.guides.base import AmortizedGuide as AmortizedGuide
 from pyro_metassm.guides.dkf import DKF as DKF
 from pyro_metassm.guides.exact import ExactSmoother as ExactSmoother
+from pyro_metassm.guides.partially_pooled import PartiallyPooledDKF as PartiallyPooledDKF
 from pyro_metassm.sites import check as check

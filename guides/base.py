@@ -45,6 +45,9 @@ class AmortizedGuide(nn.Module, ABC):
         ValueError: for a share outside [0, 1), or ``read_in_dim < latent_dim``.
     """
 
+    deviations: tuple[str, ...] = ()
+    """As of :class:`~pyro_metassm.models.MetaSSM`."""
+
     def __init__(
         self,
         model: MetaSSM,

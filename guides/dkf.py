@@ -96,12 +96,16 @@ class DKF(AmortizedGuide):
         inputs = torch.cat(
             [common.expand(*shape, -1), frame.expand(*shape, -1), e.unsqueeze(-2).expand(*shape, -1)], -1
         )
-        lengths = batch.time_mask.sum(-1).expand(shape[:-1]).flatten()
-        change, log_scale = self.rnn(inputs.flatten(0, -3), lengths).unflatten(0, shape[:-1]).chunk(2, -1)
+        lengths = batch.time_mask.sum(-1).expand(shape[:-1])
+        change, log_scale = self.recurrent(inputs, lengths, batch).chunk(2, -1)
         rollout = None
         if self.training and self.rollout_probability > 0:
             rollout = torch.rand(shape) < self.rollout_probability  # on the host, which works out the runs
         return RolloutPath(frame + change, log_scale.clamp(-7.0, 3.0).exp(), prior, rollout)
+
+    def recurrent(self, x: Tensor, lengths: Tensor, batch: Batch) -> Tensor:
+        """The network's ``(..., R, K, T, 2 latent_dim)`` for ``x (..., R, K, T, *)``, trials of these lengths."""
+        return self.rnn(x.flatten(0, -3), lengths.flatten()).unflatten(0, x.shape[:-2])
 
     def _common(self, ybar: Tensor, share: Tensor) -> Tensor:
         """``common`` of both together; the share, mostly the same everywhere, is not worth a copy of ``ybar``."""

@@ -13,4 +13,5 @@ from pyro_metassm.models.comparisons import SharedDynamics as SharedDynamics
 from pyro_metassm.models.comparisons import SingleSession as SingleSession
 from pyro_metassm.models.linear_gaussian import LinearGaussian as LinearGaussian
 from pyro_metassm.models.meta_ssm import MetaSSM as MetaSSM
+from pyro_metassm.models.partially_pooled import PartiallyPooled as PartiallyPooled
 from pyro_metassm.models.revised import Revised as Revised

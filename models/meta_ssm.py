@@ -82,6 +82,9 @@ class MetaSSM(Program):
         torch.Size([2, 8, 20, 2])
     """
 
+    deviations: tuple[str, ...] = ()
+    """What the names of tables begin with in which recordings deviate from what they share: zero for a new one."""
+
     dynamics_class: type = LowRankMLP
     """Makes ``dynamics`` from ``(latent_dim, embedding_dim, *, rank, hidden_dim)``: a module from an embedding to a
     callable, as those of :mod:`pyro_metassm.dynamics` are."""

@@ -67,6 +67,8 @@ def adapt(
     regression with that prior. (3) ``num_steps`` of SVI, of counts with the read-ins of the known recordings as a
     prior, too; read-ins of real numbers, which the search has found, at a tenth of the rate. After a fit with
     ``smooth_counts`` the encoder infers embeddings from the paths found, which are clearer than what a read-in gives.
+    Deviations from what is shared, of :class:`~pyro_metassm.models.PartiallyPooled`, are zero: a few trials do not say
+    what they are.
 
     One trial suffices to start; whether it says enough is in ``attrs["adaptation"]`` of the result: for every recording
     ``rollout_error`` (mean squared error of roll-outs of up to 25 bins, in variances of the recording's latents: near
@@ -342,7 +344,8 @@ class Adapter(Trainer):
         for module, part, own in zip(
             (model, guide), ("read_out", "read_in"), tables(model, guide), strict=True
         ):
-            _requires_grad(module, own if part in parts else ())
+            trained = [key for key in own if not key.startswith(module.deviations)]
+            _requires_grad(module, trained if part in parts else ())
         self.read_in_precision = read_in_precision(fit) if "read_in" in parts else None
         super().__init__(model, guide, recs, options, fit.device, self.embedding if free else [])
         self.fit, self.prior, self.report = fit, prior, report

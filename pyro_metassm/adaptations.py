@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from pyro_metassm.dynamics import AdaptedMLP, Network, ResidualMLP, residual_layers
+from pyro_metassm.dynamics import AdaptedMLP, LowRankMLP, Network, ResidualMLP, residual_layers
 
 SMALL = 0.1  # what an embedding of unit size adds to a weight at first, over what nn.Linear starts it with
 
@@ -125,3 +125,29 @@ class SessionMLP(nn.Module):
         tables = zip(self.weights, self.biases, strict=True)
         rows = [tuple(t.index_select(0, recording).unsqueeze(1) for t in pair) for pair in tables]
         return AdaptedMLP(Network(rows, functional.silu, residual=True))
+
+
+class DeviatingMLP(LowRankMLP):
+    r"""A family's dynamics, and what every recording adds to them, ``theta_i = theta + h(e_i) + delta_i``.
+
+    Args:
+        num_recordings: rows of the tables of ``delta``, which start at zero.
+        latent_dim, embedding_dim: sizes.
+        options: as of :class:`~pyro_metassm.dynamics.LowRankMLP`.
+    """
+
+    def __init__(self, num_recordings: int, latent_dim: int, embedding_dim: int, **options):
+        super().__init__(latent_dim, embedding_dim, **options)
+        zeros = [[torch.zeros(num_recordings, *p.shape) for p in layer.parameters()] for layer in self.layers]
+        self.weights, self.biases = (nn.ParameterList(of_layers) for of_layers in zip(*zeros, strict=True))
+
+    def forward(self, e: Tensor, recording: Tensor | None = None) -> AdaptedMLP:
+        """The dynamics at ``e (..., R, 1, embedding_dim)``: of these recordings ``(R,)``, or of the family."""
+        if recording is None:
+            return super().forward(e)
+
+        def own(table: Tensor) -> Tensor:
+            return table[recording].unsqueeze(1).expand(*e.shape[:-1], *table.shape[1:])
+
+        shifts = [(own(weight), own(bias)) for weight, bias in zip(self.weights, self.biases, strict=True)]
+        return AdaptedMLP(self, self.hypernetwork(e), shifts)

@@ -20,8 +20,8 @@ from pyro_metassm.adaptation import adapt
 from pyro_metassm.experiments import report
 from pyro_metassm.experiments.pooling_scores import row_of, simple_scores
 from pyro_metassm.experiments.pooling_settings import Plan, Setting
-from pyro_metassm.guides import DKF
-from pyro_metassm.models import MetaSSM
+from pyro_metassm.guides import DKF, PartiallyPooledDKF
+from pyro_metassm.models import MetaSSM, PartiallyPooled
 from pyro_metassm.recordings import Recordings
 from pyro_metassm.result import Fit
 from pyro_metassm.training import fit as train_fit
@@ -100,20 +100,20 @@ def adapted_fit(out: Path, plan: Plan, seed: int, shots: int) -> Fit:
 
 
 def fit_of(recs: Recordings, setting: Setting, seed: int, *, few: bool = False) -> Fit:
-    """A model of recordings together (with shared dynamics where there is one), to all of their trials or to few."""
+    """A model of recordings, to all of their trials or to few: of several with deviations from what they share."""
+    alone = len(recs) == 1
     with machine.random_forked():
         torch.manual_seed(seed)
-        rank = setting.rank if len(recs) > 1 else 0
-        model = MetaSSM(
+        model = (MetaSSM if alone else PartiallyPooled)(
             recs,
             latent_dim=setting.latent_dim,
             embedding_dim=setting.embedding_dim,
-            rank=rank,
+            rank=0 if alone else setting.rank,
             hidden_dim=setting.hidden_dim,
             likelihood=likelihoods.Poisson,
         )
-        guide = DKF(model, neuron_dropout=setting.neuron_dropout)
-    fit = train_fit(
+        guide = (DKF if alone else PartiallyPooledDKF)(model, neuron_dropout=setting.neuron_dropout)
+    return train_fit(
         model,
         guide,
         recs,
@@ -124,10 +124,6 @@ def fit_of(recs: Recordings, setting: Setting, seed: int, *, few: bool = False) 
         seed=seed,
         progress=False,
     )
-    cycles = 1 if few or len(recs) == 1 else setting.pool_cycles
-    for _ in range(cycles - 1):
-        fit = tuned(fit, recs, setting.num_steps, setting.learning_rate, setting, seed)
-    return fit
 
 
 def tuned(

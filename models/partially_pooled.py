@@ -1,0 +1,76 @@
+"""A family of dynamics whose recordings are not of it alone: each adds something of its own."""
+
+from __future__ import annotations
+
+import pyro.distributions as dist
+from pyro.distributions import TorchDistribution
+from torch import Tensor, nn
+
+from pyro_metassm.adaptations import DeviatingMLP
+from pyro_metassm.models.meta_ssm import MetaSSM
+from pyro_metassm.neurons import NeuronTable
+from pyro_metassm.recordings import Recordings
+
+
+class PartiallyPooled(MetaSSM):
+    r"""The family of :class:`MetaSSM`, and deviations of every recording from it, in its dynamics and its noise::
+
+        z_{k,t} | z_{k,t-1} ~ Normal(f_{theta + h(e_i) + delta_i}(z_{k,t-1}), diag(q exp(g_i))^2)
+
+    ``delta_i`` are of all weights and biases and start at zero, as ``g_i`` do. ``pm.fit(..., update_penalty=...)`` is
+    what they cost, as much as the embedding's updates do: what recordings share is cheapest where it is shared. For
+    recordings that a family of few dimensions does not hold, such as of different areas of the brain: without
+    deviations these lose by being fitted together, the more the finer their bins. ``adapt_dynamics(e)`` are dynamics of
+    the family, which a recording new to :func:`pyro_metassm.adapt` has.
+
+    Between complete pooling and none (Gelman and Hill, 2007, chapter 12); :class:`~pyro_metassm.guides.
+    PartiallyPooledDKF` is the guide that goes with it.
+
+    Args:
+        recordings, latent_dim, embedding_dim, rank, hidden_dim, options: as of :class:`MetaSSM`.
+
+    Example:
+        >>> import pyro_metassm as pm
+        >>> recs = pm.simulate.limit_cycles([2.5, 5.0], num_trials=8, num_steps=20)
+        >>> model = pm.models.PartiallyPooled(recs, latent_dim=2, embedding_dim=1)
+        >>> guide = pm.guides.PartiallyPooledDKF(model)
+        >>> fit = pm.fit(model, guide, recs, num_steps=5, warm_start_steps=5, progress=False)
+    """
+
+    deviations = ("dynamics.weights", "dynamics.biases", "log_noise")
+
+    def __init__(
+        self,
+        recordings: Recordings | NeuronTable,
+        *,
+        latent_dim: int,
+        embedding_dim: int,
+        rank: int = 1,
+        hidden_dim: int = 64,
+        **options,
+    ):
+        super().__init__(
+            recordings,
+            latent_dim=latent_dim,
+            embedding_dim=embedding_dim,
+            rank=rank,
+            hidden_dim=hidden_dim,
+            **options,
+        )
+        self.dynamics = DeviatingMLP(
+            len(self.names), latent_dim, embedding_dim, rank=rank, hidden_dim=hidden_dim
+        )
+        self.log_noise = nn.Parameter(self.read_out.weight.new_zeros(len(self.names), latent_dim))
+
+    def adapt_dynamics(self, e: Tensor):
+        dynamics = super().adapt_dynamics(e)
+        dynamics.noise = self.process_noise()
+        return dynamics
+
+    def dynamics_of(self, e: Tensor, recording: Tensor):
+        dynamics = self.dynamics(e, recording)
+        dynamics.noise = self.process_noise() * self.log_noise[recording].exp()[:, None, None]
+        return dynamics
+
+    def transition(self, z: Tensor, dynamics) -> TorchDistribution:
+        return dist.Normal(dynamics(z), dynamics.noise).to_event(1)

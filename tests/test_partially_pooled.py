@@ -1,0 +1,196 @@
+"""Recordings that deviate from what they share: against models and guides of one recording with the sum as weights."""
+
+import copy
+
+import pyro.distributions as dist
+import pytest
+import torch
+from fits import QUICK, assert_parameters, state
+from members import DOUBLE, EMBEDDING, LATENT, SIZES, close, evaluate, values_for
+from problems import recordings
+from pyro import poutine
+from test_comparisons import randomised
+
+import pyro_metassm as pm
+from pyro_metassm.adaptations import DeviatingMLP
+from pyro_metassm.dynamics import LowRankMLP
+from pyro_metassm.elbo import SequentialELBO
+from pyro_metassm.guides import DKF, PartiallyPooledDKF
+from pyro_metassm.models import MetaSSM, PartiallyPooled
+from pyro_metassm.trainer import SLOW, Options, Trainer
+
+HIDDEN = 7
+
+
+def family(number: int = 3) -> DeviatingMLP:
+    torch.manual_seed(0)
+    return randomised(DeviatingMLP(number, LATENT, EMBEDDING, rank=2, hidden_dim=HIDDEN))
+
+
+def of_row(f: DeviatingMLP, row: int | None) -> LowRankMLP:
+    """Dynamics whose shared weights are one recording's, or the family's."""
+    same = LowRankMLP(LATENT, EMBEDDING, rank=2, hidden_dim=HIDDEN).double()
+    same.load_state_dict({k: v for k, v in f.state_dict().items() if k[:7] not in ("weights", "biases.")})
+    with torch.no_grad():
+        for k, layer in enumerate(same.layers if row is not None else ()):
+            layer.weight += f.weights[k][row]
+            layer.bias += f.biases[k][row]
+    return same
+
+
+@pytest.mark.parametrize("native", ["1", "0"])
+@pytest.mark.parametrize("draws", [(), (4,)])
+def test_dynamics_of_a_recording_are_those_with_the_sum_as_weights(draws, native, monkeypatch):
+    monkeypatch.setenv("METASSM_NATIVE", native)
+    f = family()
+    e = torch.randn(*draws, 2, 1, EMBEDDING, dtype=DOUBLE)
+    z = torch.randn(*draws, 2, 5, 6, LATENT, dtype=DOUBLE)
+    found, start = f(e, torch.tensor([2, 0])), z[..., :1, :]
+    for r, row in enumerate((2, 0)):
+        one = of_row(f, row)(e[..., r : r + 1, :, :])
+        close(found(z)[..., r, :, :, :], one(z[..., r : r + 1, :, :, :])[..., 0, :, :, :])
+        path = one.rollout(start[..., r : r + 1, :, :, :], 3)
+        close(found.rollout(start, 3)[..., r, :, :, :], path[..., 0, :, :, :])
+    close(f(e)(z), of_row(f, None)(e)(z))
+
+
+def test_deviations_cost_what_the_updates_of_the_embedding_do():
+    f, zero = family(), torch.zeros(2, 1, EMBEDDING, dtype=DOUBLE)
+    tables = [*f.weights, *f.biases]
+    expected = sum(table[[2, 0]].square().sum() for table in tables) / 2
+    close(f(zero, torch.tensor([2, 0])).update_norm(), expected)
+    assert f(zero).update_norm() == 0
+
+
+def pair(recs):
+    """A model and its guide, everything moved from where it starts."""
+    torch.manual_seed(0)
+    model = randomised(PartiallyPooled(recs, **SIZES))
+    guide = PartiallyPooledDKF(model, hidden_dim=5).double()
+    guide.read_in.start(recs)
+    return model.eval(), randomised(guide).eval()
+
+
+def test_without_deviations_they_are_the_usual_model_and_guide():
+    recs = recordings()
+    model, guide = pair(recs)
+    with torch.no_grad():
+        for module in (model, guide):
+            for key, table in module.named_parameters():
+                if key.startswith(module.deviations):
+                    table.zero_()
+    usual = MetaSSM(recs, **SIZES).double()
+    usual_guide = DKF(usual, hidden_dim=5).double().eval()
+    for module, source in ((usual, model), (usual_guide, guide)):
+        keys = module.load_state_dict(source.state_dict(), strict=False)
+        assert not keys.missing_keys and all(
+            key.startswith(source.deviations) for key in keys.unexpected_keys
+        )
+    batch = recs.batch(model.names, dtype=DOUBLE)
+    found, expected = (
+        evaluate(*both, batch, *values_for(batch)) for both in ((model, guide), (usual, usual_guide))
+    )
+    assert found.keys() == expected.keys()
+    for key, value in expected.items():
+        close(found[key], value)
+
+
+def test_every_recording_has_the_usual_model_and_guide_of_its_own_weights():
+    """Densities of the paths and the guide's own, among others and in another order."""
+    recs = recordings()
+    model, guide = pair(recs)
+    batch = recs.select(["c", "a"]).batch(model.names, dtype=DOUBLE)
+    e, z = values_for(batch)
+    found = evaluate(model, guide, batch, e, z)
+    for r, name in enumerate(batch.names):
+        row = model.names.index(name)
+        usual, usual_guide = MetaSSM(recs, **SIZES).double(), None
+        usual.load_state_dict(model.state_dict(), strict=False)
+        with torch.no_grad():
+            for k, layer in enumerate(usual.dynamics.layers):
+                layer.weight += model.dynamics.weights[k][row]
+                layer.bias += model.dynamics.biases[k][row]
+            usual.process_noise.log_scale += model.log_noise[row]
+            usual_guide = DKF(usual, hidden_dim=5).double().eval()
+            usual_guide.load_state_dict(guide.state_dict(), strict=False)
+            for key, weight in usual_guide.rnn.named_parameters():
+                weight += guide.deviation[key][row]
+        expected = evaluate(usual, usual_guide, batch, e, z)
+        for key in ("p(latents)", "q(latents)"):
+            close(found[key][r], expected[key][r])
+            assert not torch.allclose(found[key][1 - r], expected[key][1 - r])
+
+
+def test_noise_of_a_recording():
+    recs = recordings()
+    model, _ = pair(recs)
+    z, row = torch.randn(2, 3, 4, LATENT, dtype=DOUBLE), torch.tensor([1, 2])
+    e = torch.randn(2, 1, EMBEDDING, dtype=DOUBLE)
+    step = model.transition(z, model.dynamics_of(e, row))
+    assert isinstance(step.base_dist, dist.Normal)
+    scale = (model.process_noise.log_scale + model.log_noise[row]).exp()
+    close(step.base_dist.scale, scale[:, None, None].expand_as(z))
+    of_family = model.transition(z, model.adapt_dynamics(e)).base_dist.scale
+    close(of_family, model.process_noise().expand_as(z))
+
+
+def test_deviations_learn_from_their_own_recording_alone():
+    recs = recordings()
+    model, guide = pair(recs)
+    batch = recs.batch(model.names, names=["c", "a"], dtype=DOUBLE)
+    SequentialELBO().terms(model, guide, batch).elbo.backward()
+    seen = torch.tensor([name in ("a", "c") for name in model.names])
+    for module in (model, guide):
+        tables = [p for key, p in module.named_parameters() if key.startswith(module.deviations)]
+        assert tables
+        for table in tables:
+            assert (table.grad.flatten(1) != 0).any(1).equal(seen)
+
+
+@pytest.fixture(scope="module")
+def pooled():
+    recs = pm.simulate.limit_cycles([2.5, 5.0, 4.0, 3.0], num_trials=4, num_steps=16)
+    old = recs.select(recs.names[:3])
+    torch.manual_seed(0)
+    model = PartiallyPooled(old, latent_dim=2, embedding_dim=1, hidden_dim=8)
+    guide = PartiallyPooledDKF(model, hidden_dim=6)
+    return recs, pm.fit(model, guide, old, **QUICK)
+
+
+def test_fits_are_saved_forecast_and_adapted(pooled, tmp_path):
+    recs, fit = pooled
+    fit.save(tmp_path / "fit")
+    loaded = pm.load(tmp_path / "fit")
+    assert_parameters(fit, loaded)
+    new = recs.drop(list(fit.names))
+    before = copy.deepcopy(state(fit.model, fit.guide))
+    adapted = pm.adapt(loaded, new, num_steps=4, num_starts=8, search_steps=4, progress=False)
+    assert all(torch.equal(before[key], value) for key, value in state(fit.model, fit.guide).items())
+    tree = pm.forecast(adapted, recs, context=4, horizon=3, num_samples=3)
+    assert set(tree.children) >= set(recs.names)
+    for old_module, module in ((fit.model, adapted.model), (fit.guide, adapted.guide)):
+        tables = {k: v for k, v in module.named_parameters() if k.startswith(module.deviations)}
+        for key, table in tables.items():
+            assert torch.equal(table[:3], old_module.get_parameter(key)), key
+            assert (table[3] == 0).all() and (table[:3] != 0).any(), key
+
+
+def test_a_guide_of_its_own_parts_goes_with_any_model(pooled):
+    """And the model with any guide."""
+    recs, _ = pooled
+    for model_class, guide_class in ((MetaSSM, PartiallyPooledDKF), (PartiallyPooled, DKF)):
+        model = model_class(recs, latent_dim=2, embedding_dim=1, hidden_dim=8)
+        fit = pm.fit(model, guide_class(model, hidden_dim=6), recs, **QUICK)
+        trace = poutine.trace(fit.model).get_trace(recs.batch(fit.names))
+        assert trace.nodes["latents"]["value"].isfinite().all()
+
+
+def test_deviations_of_the_dynamics_move_as_slowly_as_what_the_start_has_found(pooled):
+    recs, fit = pooled
+    options = Options(1, 2, None, 1e-2, True, 1, 1.0, 0.0, 0)
+    old = recs.select(fit.names)
+    trainer = Trainer(fit.model, fit.guide, old, options, torch.device("cpu"))
+    slow = {id(p) for p in trainer.optimizer.param_groups[0]["params"]}
+    assert {id(p) for p in fit.model.dynamics.parameters()} == slow
+    rates = [group["lr"] for group in trainer.optimizer.param_groups]
+    assert rates[0] == pytest.approx(SLOW * rates[1])
