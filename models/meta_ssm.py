@@ -83,7 +83,7 @@ class MetaSSM(Program):
     """
 
     deviations: tuple[str, ...] = ()
-    """What the names of tables begin with in which recordings deviate from what they share: zero for a new one."""
+    """Names, or their beginnings, of tables in which recordings deviate from what they share; a new one's are zero."""
 
     dynamics_class: type = LowRankMLP
     """Makes ``dynamics`` from ``(latent_dim, embedding_dim, *, rank, hidden_dim)``: a module from an embedding to a

@@ -17,11 +17,13 @@ class PartiallyPooled(MetaSSM):
 
         z_{k,t} | z_{k,t-1} ~ Normal(f_{theta + h(e_i) + delta_i}(z_{k,t-1}), diag(q exp(g_i))^2)
 
-    ``delta_i`` are of all weights and biases and start at zero, as ``g_i`` do. ``pm.fit(..., update_penalty=...)`` is
-    what they cost, as much as the embedding's updates do: what recordings share is cheapest where it is shared. For
-    recordings that a family of few dimensions does not hold, such as of different areas of the brain: without
-    deviations these lose by being fitted together, the more the finer their bins. ``adapt_dynamics(e)`` are dynamics of
-    the family, which a recording new to :func:`pyro_metassm.adapt` has.
+    ``delta_i`` are of all weights and biases and start at zero, as ``g_i`` do, where the start from the data leaves them.
+    ``pm.fit(..., update_penalty=...)`` is what they cost: thirty times what the embedding's changes do, so that the
+    embedding says what it can. For recordings that a family of few dimensions does not hold, such as of different areas
+    of the brain: without deviations these lose by being fitted together, the more the finer their bins.
+
+    ``adapt_dynamics(e)`` are dynamics of the family: what :mod:`pyro_metassm.analysis` shows of an embedding (of a
+    recording's name, its own), and where :func:`pyro_metassm.adapt` starts a new recording.
 
     Between complete pooling and none (Gelman and Hill, 2007, chapter 12); :class:`~pyro_metassm.guides.
     PartiallyPooledDKF` is the guide that goes with it.

@@ -6,7 +6,7 @@ import copy
 import dataclasses
 import math
 import time
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -30,7 +30,7 @@ from pyro_metassm.read_outs import (
     second_moments,
     write_read_outs,
 )
-from pyro_metassm.rebuilding import for_recordings, joined, tables
+from pyro_metassm.rebuilding import deviations, for_recordings, joined, tables
 from pyro_metassm.recordings import Batch, Recordings
 from pyro_metassm.result import Fit, check_fit, embedding_statistics
 from pyro_metassm.tempering import tempered
@@ -67,8 +67,8 @@ def adapt(
     regression with that prior. (3) ``num_steps`` of SVI, of counts with the read-ins of the known recordings as a
     prior, too; read-ins of real numbers, which the search has found, at a tenth of the rate. After a fit with
     ``smooth_counts`` the encoder infers embeddings from the paths found, which are clearer than what a read-in gives.
-    Deviations from what is shared, of :class:`~pyro_metassm.models.PartiallyPooled`, are zero: a few trials do not say
-    what they are.
+    Deviations from what is shared, of :class:`~pyro_metassm.models.PartiallyPooled`, are learned from zero at a tenth
+    of the rate.
 
     One trial suffices to start; whether it says enough is in ``attrs["adaptation"]`` of the result: for every recording
     ``rollout_error`` (mean squared error of roll-outs of up to 25 bins, in variances of the recording's latents: near
@@ -344,15 +344,15 @@ class Adapter(Trainer):
         for module, part, own in zip(
             (model, guide), ("read_out", "read_in"), tables(model, guide), strict=True
         ):
-            trained = [key for key in own if not key.startswith(module.deviations)]
-            _requires_grad(module, trained if part in parts else ())
+            _requires_grad(module, own if part in parts else ())
         self.read_in_precision = read_in_precision(fit) if "read_in" in parts else None
         super().__init__(model, guide, recs, options, fit.device, self.embedding if free else [])
         self.fit, self.prior, self.report = fit, prior, report
 
-    def started(self) -> nn.Module:
-        """Read-ins that no prior holds: the more their SVI moves them out of the frame, the less they forecast."""
-        return self.guide.read_in if self.read_in_precision is None else nn.Module()
+    def slow(self) -> Iterable[nn.Parameter]:
+        """What few trials say little of: deviations; read-ins that no prior holds, which SVI moves off the frame."""
+        read_ins = self.guide.read_in.parameters() if self.read_in_precision is None else ()
+        return [*deviations(self.model), *deviations(self.guide), *read_ins]
 
     def batch(self, recs: Recordings | None = None, **choice) -> Batch:
         batch = super().batch(recs, **choice)

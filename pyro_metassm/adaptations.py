@@ -13,6 +13,9 @@ from torch.nn import functional
 from pyro_metassm.dynamics import AdaptedMLP, LowRankMLP, Network, ResidualMLP, residual_layers
 
 SMALL = 0.1  # what an embedding of unit size adds to a weight at first, over what nn.Linear starts it with
+# Of a square of a recording's deviations, relative to one of what its embedding changes: where they cost the same, they
+# take it all, and the posterior of the embedding is its prior.
+COST_OF_DEVIATIONS = 30.0
 
 
 def _uniform(*shape: int, bound: float) -> nn.Parameter:
@@ -150,4 +153,4 @@ class DeviatingMLP(LowRankMLP):
             return table[recording].unsqueeze(1).expand(*e.shape[:-1], *table.shape[1:])
 
         shifts = [(own(weight), own(bias)) for weight, bias in zip(self.weights, self.biases, strict=True)]
-        return AdaptedMLP(self, self.hypernetwork(e), shifts)
+        return AdaptedMLP(self, self.hypernetwork(e), shifts, COST_OF_DEVIATIONS)

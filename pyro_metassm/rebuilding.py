@@ -151,6 +151,11 @@ def tables(model, guide) -> list[dict[str, str]]:
     return [_tables(*pair, model.neurons, probe) for pair in zip((model, guide), others, strict=True)]
 
 
+def deviations(module) -> list[nn.Parameter]:
+    """The tables of a model or a guide in which recordings deviate from what they share."""
+    return [p for key, p in module.named_parameters() if key.startswith(module.deviations)]
+
+
 def tables_of(model) -> dict[str, str]:
     """As :func:`tables`, of the model alone."""
     probe = _probe(model)

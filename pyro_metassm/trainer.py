@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -81,7 +81,7 @@ class Trainer:
             raise ValueError(
                 "fit: needed parameters to train, got a model and a guide of which none requires a gradient"
             )
-        slow = {id(p) for p in self.started().parameters()}
+        slow = {id(p) for p in self.slow()}
         found = [p for p in every if id(p) in slow]
         rest = [p for p in every if id(p) not in slow]
         rates = (SLOW * options.learning_rate, options.learning_rate)
@@ -94,9 +94,9 @@ class Trainer:
         self.validated: float | None = None
         self.notes: dict[str, Any] = {}  # for the result's attrs
 
-    def started(self) -> nn.Module:
+    def slow(self) -> Iterable[nn.Parameter]:
         """What a start has found better than early steps of SVI would, and what therefore moves slowly."""
-        return self.model.dynamics if self.options.warm_start else nn.Module()
+        return self.model.dynamics.parameters() if self.options.warm_start else ()
 
     @property
     def dtype(self) -> torch.dtype:

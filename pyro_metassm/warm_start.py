@@ -28,6 +28,7 @@ from pyro_metassm.read_outs import (
     second_moments,
     write_read_outs,
 )
+from pyro_metassm.rebuilding import deviations
 from pyro_metassm.recordings import Batch, Recordings, sample_trials
 from pyro_metassm.teaching import teach
 from pyro_metassm.tempering import tempered
@@ -275,6 +276,7 @@ class DynamicsFirst(TiedFrames):
     def run(self, num_steps: int, rng: torch.Generator, on_step: Callable[[float], bool]) -> None:
         model, guide = self.parts
         own = {id(p) for part in (model.read_out, model.observation) for p in part.parameters()}
+        own |= {id(p) for p in deviations(model)}  # what recordings share comes first: the embedding says it
         networks = [p for p in model.parameters() if id(p) not in own] + list(
             guide.encode_embedding.parameters()
         )

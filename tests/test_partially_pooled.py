@@ -12,11 +12,12 @@ from pyro import poutine
 from test_comparisons import randomised
 
 import pyro_metassm as pm
-from pyro_metassm.adaptations import DeviatingMLP
+from pyro_metassm.adaptations import COST_OF_DEVIATIONS, DeviatingMLP
 from pyro_metassm.dynamics import LowRankMLP
 from pyro_metassm.elbo import SequentialELBO
 from pyro_metassm.guides import DKF, PartiallyPooledDKF
 from pyro_metassm.models import MetaSSM, PartiallyPooled
+from pyro_metassm.rebuilding import deviations, tables
 from pyro_metassm.trainer import SLOW, Options, Trainer
 
 HIDDEN = 7
@@ -54,12 +55,22 @@ def test_dynamics_of_a_recording_are_those_with_the_sum_as_weights(draws, native
     close(f(e)(z), of_row(f, None)(e)(z))
 
 
-def test_deviations_cost_what_the_updates_of_the_embedding_do():
-    f, zero = family(), torch.zeros(2, 1, EMBEDDING, dtype=DOUBLE)
-    tables = [*f.weights, *f.biases]
-    expected = sum(table[[2, 0]].square().sum() for table in tables) / 2
-    close(f(zero, torch.tensor([2, 0])).update_norm(), expected)
-    assert f(zero).update_norm() == 0
+def test_deviations_cost_more_than_the_updates_of_the_embedding():
+    """At an embedding, the sum of both; of the family, of the updates alone."""
+    f, e = family(), torch.randn(2, 1, EMBEDDING, dtype=DOUBLE)
+    own = sum(table[[2, 0]].square().sum() for table in (*f.weights, *f.biases)) / 2
+    assert f(e).update_norm() > 0
+    close(f(e, torch.tensor([2, 0])).update_norm(), f(e).update_norm() + COST_OF_DEVIATIONS * own)
+
+
+def test_the_start_is_of_what_recordings_share():
+    recs = pm.simulate.limit_cycles([2.5, 5.0], num_trials=4, num_steps=16)
+    torch.manual_seed(0)
+    model = PartiallyPooled(recs, latent_dim=2, embedding_dim=1, hidden_dim=8)
+    before = copy.deepcopy(model.dynamics.layers[0].weight)
+    fit = pm.fit(model, PartiallyPooledDKF(model, hidden_dim=6), recs, **QUICK | {"num_steps": 0})
+    assert not torch.equal(fit.model.dynamics.layers[0].weight, before)
+    assert all((table == 0).all() for table in (*deviations(fit.model), *deviations(fit.guide)))
 
 
 def pair(recs):
@@ -169,10 +180,34 @@ def test_fits_are_saved_forecast_and_adapted(pooled, tmp_path):
     tree = pm.forecast(adapted, recs, context=4, horizon=3, num_samples=3)
     assert set(tree.children) >= set(recs.names)
     for old_module, module in ((fit.model, adapted.model), (fit.guide, adapted.guide)):
-        tables = {k: v for k, v in module.named_parameters() if k.startswith(module.deviations)}
-        for key, table in tables.items():
-            assert torch.equal(table[:3], old_module.get_parameter(key)), key
-            assert (table[3] == 0).all() and (table[:3] != 0).any(), key
+        own = tables(adapted.model, adapted.guide)[module is adapted.guide]
+        for key, value in module.state_dict().items():
+            before = old_module.state_dict()[key]
+            assert torch.equal(value[: len(before)] if key in own else value, before), key
+        for table in deviations(module):
+            assert (table[:3] != 0).any() and (table[3] != 0).any()
+
+
+def test_new_recordings_deviate_at_a_tenth_of_the_rate(pooled):
+    """Of Adam's first step, which is as long as the rate whatever the gradient; not at all without the part."""
+    recs, fit = pooled
+    new = recs.drop(list(fit.names))
+    for train in (("read_in", "read_out"), ("read_in",), ("read_out",)):
+        adapted = pm.adapt(
+            fit,
+            new,
+            train=train,
+            num_steps=1,
+            num_starts=8,
+            search_steps=4,
+            learning_rate=0.5,
+            progress=False,
+        )
+        for part, module in (("read_out", adapted.model), ("read_in", adapted.guide)):
+            # The first step of a cycle has a tenth of the rate.
+            step = 0.1 * 0.1 * 0.5 if part in train else 0.0
+            for table in deviations(module):
+                assert table[3].abs().max().item() == pytest.approx(step, rel=1e-3)
 
 
 def test_a_guide_of_its_own_parts_goes_with_any_model(pooled):

@@ -225,7 +225,8 @@ class Source:
             )
         if not np.isfinite(value).all():
             raise ValueError(f"{self.caller}: needed finite embeddings, got NaN or infinities")
-        if type(self.model).dynamics_of is not MetaSSM.dynamics_of:
+        of_recordings = type(self.model).dynamics_of is not MetaSSM.dynamics_of
+        if of_recordings and not self.model.deviations:  # without these there is a family at any embedding
             raise ValueError(
                 f"{self.caller}: needed a recording's name, got an embedding; the dynamics of "
                 f"{type(self.model).__name__} depend on more than the embedding"
