@@ -17,8 +17,8 @@ class PartiallyPooled(MetaSSM):
 
         z_{k,t} | z_{k,t-1} ~ Normal(f_{theta + h(e_i) + delta_i}(z_{k,t-1}), diag(q exp(g_i))^2)
 
-    ``delta_i`` are of all weights and biases and start at zero, as ``g_i`` do, where the start from the data leaves them.
-    ``pm.fit(..., update_penalty=...)`` is what they cost: thirty times what the embedding's changes do, so that the
+    ``delta_i`` are of all weights and biases; they and ``g_i`` are zero at first, and after the start from the data.
+    ``pm.fit(..., update_penalty=...)`` is what they cost: ten times what the embedding's changes do, so that the
     embedding says what it can. For recordings that a family of few dimensions does not hold, such as of different areas
     of the brain: without deviations these lose by being fitted together, the more the finer their bins.
 

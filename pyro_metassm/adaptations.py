@@ -15,7 +15,7 @@ from pyro_metassm.dynamics import AdaptedMLP, LowRankMLP, Network, ResidualMLP, 
 SMALL = 0.1  # what an embedding of unit size adds to a weight at first, over what nn.Linear starts it with
 # Of a square of a recording's deviations, relative to one of what its embedding changes: where they cost the same, they
 # take it all, and the posterior of the embedding is its prior.
-COST_OF_DEVIATIONS = 30.0
+COST_OF_DEVIATIONS = 10.0
 
 
 def _uniform(*shape: int, bound: float) -> nn.Parameter:

@@ -28,7 +28,13 @@ LEAST_HZ, COPIES = 1.0, 0.8
 SIZES = {"trials": 250, "neurons": 150}
 SMALL_SIZES = {"trials": 48, "neurons": 40}
 FULL = {
-    factor: Setting(trials_per_step=16, num_samples=10, context=10 // factor, horizon=30 // factor)
+    factor: Setting(
+        trials_per_step=16,
+        num_samples=10,
+        context=10 // factor,
+        horizon=30 // factor,
+        update_penalty=5e-5 * factor,
+    )
     for factor in FACTORS
 }
 SMALL = {

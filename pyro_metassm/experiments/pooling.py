@@ -121,6 +121,7 @@ def fit_of(recs: Recordings, setting: Setting, seed: int, *, few: bool = False) 
         warm_start_steps=setting.warm_start_steps,
         trials_per_step=setting.trials_per_step,
         learning_rate=setting.scratch_learning_rate if few else setting.learning_rate,
+        update_penalty=setting.update_penalty,
         seed=seed,
         progress=False,
     )
@@ -138,6 +139,7 @@ def tuned(
         warm_start=False,
         trials_per_step=setting.trials_per_step,
         learning_rate=learning_rate,
+        update_penalty=setting.update_penalty,
         seed=seed,
         progress=False,
     )
