@@ -9,14 +9,21 @@ from torch import Tensor, nn
 
 import pyro_metassm as pm
 from pyro_metassm import adaptations
+from pyro_metassm.adaptations import DeviatingMLP
 from pyro_metassm.capture import USES, captures
 from pyro_metassm.dynamics import AdaptedMLP, LowRankMLP, Network, ResidualMLP
 
-KINDS = [
-    LowRankMLP,
-    *(c for c in vars(adaptations).values() if isinstance(c, type) and issubclass(c, ResidualMLP)),
-]
-KINDS.remove(ResidualMLP)
+OTHERS = [c for c in vars(adaptations).values() if isinstance(c, type) and issubclass(c, ResidualMLP)]
+KINDS = [kind for kind in dict.fromkeys([LowRankMLP, *OTHERS]) if kind is not ResidualMLP]
+
+
+def made(kind, recordings: int, **options):
+    """Dynamics and what makes them of embeddings: of recordings, too, where they deviate from what they share."""
+    if kind is not DeviatingMLP:
+        f = kind(2, 3, **options)
+        return f.double(), f
+    f = kind(recordings, 2, 3, **options)
+    return f.double(), lambda e: f(e, torch.arange(recordings))
 
 
 def rolled(adapted: AdaptedMLP, z: Tensor, steps: int, clamp: float | None) -> Tensor:
@@ -32,17 +39,18 @@ def rolled(adapted: AdaptedMLP, z: Tensor, steps: int, clamp: float | None) -> T
 @pytest.mark.parametrize("kind", KINDS, ids=lambda c: c.__name__)
 def test_roll_outs_of_adapted_dynamics(kind, rank, residual, cuda):
     torch.manual_seed(0)
-    f = kind(2, 3, rank=rank, hidden_dim=7, residual=residual, activation=torch.tanh).double()
+    f, of = made(kind, 3, rank=rank, hidden_dim=7, residual=residual, activation=torch.tanh)
+    size = 0.2 if kind is DeviatingMLP else 0.5  # so that some states reach the clamp and some do not
     with torch.no_grad():
         for p in f.parameters():
-            p.add_(0.5 * torch.randn_like(p))
+            p.add_(size * torch.randn_like(p))
     for call in range(USES + 2):
         torch.manual_seed(call)
         e = torch.randn(3, 1, 3, dtype=DOUBLE, requires_grad=True)
         z = torch.randn(3, 5, 1, 2, dtype=DOUBLE, requires_grad=True)
         leaves = [z, e, *f.parameters()]
         for steps, clamp in ((4, 0.3), (1, None)):
-            y, expected = f(e).rollout(z, steps, clamp), rolled(f(e), z, steps, clamp)
+            y, expected = of(e).rollout(z, steps, clamp), rolled(of(e), z, steps, clamp)
             assert y.shape == (3, 5, steps, 2)
             torch.testing.assert_close(y, expected, rtol=1e-12, atol=1e-12)
             assert clamp is None or 0 < (y.abs() == clamp).double().mean() < 1
