@@ -45,5 +45,6 @@ def tempered(model, r: float = WORTH) -> SimpleNamespace:
         y = model.likelihood(predictor, recording)
         return Overdispersed(y, r) if isinstance(y, SaturatingPoisson) else y
 
-    same = ("read_out", "observation", "initial", "process_noise")
-    return SimpleNamespace(likelihood=likelihood, **{name: getattr(model, name) for name in same})
+    same = ("read_out", "observation", "initial", "process_noise")  # an edit may lack the last
+    known = {name: getattr(model, name) for name in same if hasattr(model, name)}
+    return SimpleNamespace(likelihood=likelihood, **known)
