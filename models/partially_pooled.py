@@ -29,7 +29,7 @@ class PartiallyPooled(MetaSSM):
     PartiallyPooledDKF` is the guide that goes with it.
 
     Args:
-        recordings, latent_dim, embedding_dim, rank, hidden_dim, options: as of :class:`MetaSSM`.
+        recordings, options: as of :class:`MetaSSM`; ``dynamics_class`` has no effect.
 
     Example:
         >>> import pyro_metassm as pm
@@ -41,28 +41,11 @@ class PartiallyPooled(MetaSSM):
 
     deviations = ("dynamics.weights", "dynamics.biases", "log_noise")
 
-    def __init__(
-        self,
-        recordings: Recordings | NeuronTable,
-        *,
-        latent_dim: int,
-        embedding_dim: int,
-        rank: int = 1,
-        hidden_dim: int = 64,
-        **options,
-    ):
-        super().__init__(
-            recordings,
-            latent_dim=latent_dim,
-            embedding_dim=embedding_dim,
-            rank=rank,
-            hidden_dim=hidden_dim,
-            **options,
-        )
-        self.dynamics = DeviatingMLP(
-            len(self.names), latent_dim, embedding_dim, rank=rank, hidden_dim=hidden_dim
-        )
-        self.log_noise = nn.Parameter(self.read_out.weight.new_zeros(len(self.names), latent_dim))
+    def __init__(self, recordings: Recordings | NeuronTable, **options):
+        super().__init__(recordings, **options)
+        sizes = {key: self.config[key] for key in ("rank", "hidden_dim")}
+        self.dynamics = DeviatingMLP(len(self.names), self.latent_dim, self.embedding_dim, **sizes)
+        self.log_noise = nn.Parameter(self.read_out.weight.new_zeros(len(self.names), self.latent_dim))
 
     def adapt_dynamics(self, e: Tensor):
         dynamics = super().adapt_dynamics(e)
