@@ -18,7 +18,7 @@ from pyro_metassm import _interrupts as interrupts
 from pyro_metassm import _machine as machine
 from pyro_metassm import sites
 from pyro_metassm import warm_start as starts
-from pyro_metassm.elbo import SequentialELBO
+from pyro_metassm.elbo import SequentialELBO, Terms
 from pyro_metassm.guides.base import AmortizedGuide
 from pyro_metassm.history import History, narrowed
 from pyro_metassm.models.meta_ssm import MetaSSM
@@ -55,6 +55,7 @@ class Options:
     update_penalty: float
     seed: int
     smooth_counts: bool = False
+    kl_warmup_steps: int = 0
 
 
 class Trainer:
@@ -155,7 +156,7 @@ class Trainer:
         with pyro.validation_enabled(False):
             batch = self.batch(names=names, trials=trials)
             terms = self.elbo.terms(self.model, self.guide, batch)
-        loss = self.penalty(terms, batch) - terms.elbo / self.scale
+        loss = self.loss(terms, batch)
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         norm = nn.utils.clip_grad_norm_(self.parameters, self.options.clip_norm)
@@ -175,7 +176,14 @@ class Trainer:
         self.seconds["svi"] += seconds
         self.history.record(self.step, learning_rate=rate, seconds=seconds)
 
-    def penalty(self, terms, batch: Batch) -> Tensor | float:
+    def loss(self, terms: Terms, batch: Batch) -> Tensor:
+        """What is minimised: the negative ELBO per observed number, with less of its divergences in early steps."""
+        elbo, steps = terms.elbo, self.options.kl_warmup_steps
+        if self.step < steps:
+            elbo = elbo + (1 - self.step / steps) * sum(terms.kl.values())
+        return self.penalty(terms, batch) - elbo / self.scale
+
+    def penalty(self, terms: Terms, batch: Batch) -> Tensor | float:
         """What is minimised besides the negative ELBO per observed number."""
         if self.options.update_penalty:
             with self.model.given(terms.values):
@@ -207,7 +215,7 @@ class Trainer:
             batch = self.batch(names=[name], trials={name: trials})
             with torch.set_grad_enabled(what == "gradient"):
                 terms = self.elbo.terms(self.model, self.guide, batch)
-                loss = self.penalty(terms, batch) - terms.elbo / self.scale
+                loss = self.loss(terms, batch)
             found = [loss]
             if what == "gradient":
                 found += [

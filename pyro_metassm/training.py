@@ -40,6 +40,7 @@ def fit(
     validation_every: int = 100,
     clip_norm: float = 1.0,
     update_penalty: float = 1e-4,
+    kl_warmup_steps: int = 0,
     seed: int = 0,
     device: str | torch.device = "auto",
     num_threads: int | None = None,
@@ -83,6 +84,10 @@ def fit(
         validation: recordings (other trials) whose ELBO, without roll-outs, is taken every ``validation_every`` steps.
         clip_norm: largest norm of the gradient of the ELBO per observed number.
         update_penalty: weight of the squared norm of the embedding's updates of the dynamics, per observed number.
+        kl_warmup_steps: steps of SVI in which the weight of all divergences grows from 0 to 1 (Bowman et al., CoNLL
+            2016); 0 for their whole weight from the first. In bins of 10 or 20 ms they shut latents down before the
+            read-outs have learned to use them, and what is shut stays so: four fifths of ``num_steps`` keep these
+            latents. Where trials are few for the neurons, the latents kept may say something of these trials alone.
         seed: of everything random in the fit; the same seed on one machine gives the same numbers.
         device: "cpu", "cuda", or "auto" (a GPU where there is one).
         num_threads: threads while fitting; None takes PyTorch's present number (``torch.get_num_threads()``).
@@ -108,7 +113,9 @@ def fit(
         >>> fit.history.sizes["step"]
         5
     """
-    checks.integers(0, num_steps=num_steps, warm_start_steps=warm_start_steps)
+    checks.integers(
+        0, num_steps=num_steps, warm_start_steps=warm_start_steps, kl_warmup_steps=kl_warmup_steps
+    )
     checks.integers(1, validation_every=validation_every, checkpoint_every=checkpoint_every)
     if not (0 < learning_rate < math.inf and clip_norm > 0 and update_penalty >= 0):
         raise ValueError(
@@ -132,6 +139,7 @@ def fit(
         update_penalty,
         seed,
         smooth_counts,
+        kl_warmup_steps,
     )
     model, guide = copy.deepcopy((model, guide))
     model.to(chosen).train(), guide.to(chosen).train()

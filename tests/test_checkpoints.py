@@ -101,6 +101,7 @@ def test_checkpoints_do_not_change_the_fit(recs, tmp_path):
         {"recordings_per_step": 1},
         {"clip_norm": 2.0},
         {"update_penalty": 0.0},
+        {"kl_warmup_steps": 4},
     ],
 )
 def test_another_specification_is_not_resumed(recs, tmp_path, other):

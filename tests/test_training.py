@@ -195,6 +195,8 @@ def test_float64_models_are_trained_in_float64(recs):
         {"clip_norm": 0.0},
         {"clip_norm": -1.0},
         {"update_penalty": -1.0},
+        {"kl_warmup_steps": -1},
+        {"kl_warmup_steps": 2.5},
         {"validation_every": 0, "validation": True},
         {"checkpoint_every": 0, "checkpoint": True},
     ],

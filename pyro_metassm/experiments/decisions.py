@@ -29,7 +29,9 @@ SIZES = {"trials": 250, "neurons": 150}
 SMALL_SIZES = {"trials": 48, "neurons": 40}
 FULL = {
     factor: Setting(
+        num_steps=1800,
         trials_per_step=16,
+        kl_warmup=0.8,
         num_samples=10,
         context=10 // factor,
         horizon=30 // factor,

@@ -113,14 +113,16 @@ def fit_of(recs: Recordings, setting: Setting, seed: int, *, few: bool = False) 
             likelihood=likelihoods.Poisson,
         )
         guide = (DKF if alone else PartiallyPooledDKF)(model, neuron_dropout=setting.neuron_dropout)
+    num_steps = setting.scratch_steps if few else setting.num_steps
     return train_fit(
         model,
         guide,
         recs,
-        num_steps=setting.scratch_steps if few else setting.num_steps,
+        num_steps=num_steps,
         warm_start_steps=setting.warm_start_steps,
         trials_per_step=setting.trials_per_step,
         learning_rate=setting.scratch_learning_rate if few else setting.learning_rate,
+        kl_warmup_steps=round(setting.kl_warmup * num_steps),
         update_penalty=setting.update_penalty,
         seed=seed,
         progress=False,

@@ -24,6 +24,9 @@ class Setting:
         num_steps, warm_start_steps, trials_per_step, learning_rate: of fits to all trials, pooled and alone. The rate
             is high and the steps are many because what is shared learns slowly: at a quarter of the rate, or in half
             of the steps, the pooled model has learned less of its training trials than the others have.
+        kl_warmup: share of the steps, of these fits and of those from scratch, in which divergences get their weight.
+            Without, half of the latents of mice end up saying nothing; what more of them say of Chewie's days is of the
+            training trials alone.
         update_penalty: of what recordings of a pool differ in, per observed number: of finer bins there are more.
         tune_steps, tune_learning_rate: of a last cycle with one recording: from the pooled fit, and from its own.
         scratch_steps, scratch_learning_rate: of fits to few trials, pooled, alone and from an adapted fit: more of them
@@ -47,6 +50,7 @@ class Setting:
     warm_start_steps: int = 300
     trials_per_step: int = 32
     learning_rate: float = 2e-2
+    kl_warmup: float = 0.0
     update_penalty: float = 1e-4
     tune_steps: int = 400
     tune_learning_rate: float = 2e-2
