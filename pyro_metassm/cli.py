@@ -52,6 +52,13 @@ def _parser() -> argparse.ArgumentParser:
     fit.add_argument("--steps", type=int, default=1000, dest="num_steps")
     fit.add_argument("--trials-per-step", type=int, default=32)
     fit.add_argument("--learning-rate", type=float, default=1e-2)
+    fit.add_argument(
+        "--kl-warmup-steps",
+        type=int,
+        default=0,
+        help="steps until divergences have their weight; four fifths "
+        "of all for counts in bins of 10 or 20 ms (default: 0)",
+    )
     fit.add_argument("--test-fraction", type=float, default=0.25)
     fit.add_argument("--context", type=int, help="bins given to forecasts (default: half of the usual trial)")
     fit.add_argument("--num-samples", type=int, default=25, help="posterior draws written")

@@ -54,6 +54,23 @@ def test_scores_are_those_of_the_family(name, tmp_path, capsys):
     assert "reconstruction_r2" in printed and "forecast_r2" in printed
 
 
+def test_options_of_the_fit_reach_it(tmp_path, monkeypatch):
+    class Seen(Exception):
+        pass
+
+    def fit(*args, **options):
+        raise Seen(options)
+
+    monkeypatch.setattr(files, "fit", fit)
+    given = {"steps": 7, "trials-per-step": 3, "learning-rate": 0.02, "kl-warmup-steps": 5, "seed": 2}
+    arguments = [text for name, value in given.items() for text in (f"--{name}", str(value))]
+    with pytest.raises(Seen) as seen:
+        cli.main(["fit", *written(tmp_path, "counts"), "--out", str(tmp_path / "out"), *arguments])
+    (options,) = seen.value.args
+    expected = {"num_steps": 7, "trials_per_step": 3, "learning_rate": 0.02, "kl_warmup_steps": 5, "seed": 2}
+    assert {name: options[name] for name in expected} == expected
+
+
 def test_families_that_are_not_there_or_did_not_make_the_data(tmp_path, capsys):
     recordings, out = written(tmp_path, "real"), str(tmp_path / "out")
     assert cli.main(["fit", *recordings, "--out", out, "--likelihood", "poison"]) == 2

@@ -41,6 +41,7 @@ def run(
     num_steps: int = 1000,
     trials_per_step: int = 32,
     learning_rate: float = 1e-2,
+    kl_warmup_steps: int = 0,
     test_fraction: float = 0.25,
     context: int | None = None,
     num_samples: int = 25,
@@ -58,7 +59,7 @@ def run(
         latent_dim, embedding_dim, rank: sizes of the model.
         likelihood: name of a family of ``pyro_metassm.likelihoods``, such as "negative-binomial" or "gamma"; None:
             Poisson for counts, else Gaussian.
-        num_steps, trials_per_step, learning_rate: of SVI.
+        num_steps, trials_per_step, learning_rate, kl_warmup_steps: of SVI.
         test_fraction: share of each recording's trials held out; all scores are theirs.
         context: bins given to forecasts; None: half of the usual length of a trial (the
             shortest median of a recording); shorter trials are not forecast, and counted in a warning.
@@ -94,6 +95,7 @@ def run(
             num_steps=num_steps,
             trials_per_step=trials_per_step,
             learning_rate=learning_rate,
+            kl_warmup_steps=kl_warmup_steps,
             seed=seed,
             device=device,
             progress=progress,
