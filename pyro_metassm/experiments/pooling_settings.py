@@ -50,7 +50,7 @@ class Setting:
     warm_start_steps: int = 300
     trials_per_step: int = 32
     learning_rate: float = 2e-2
-    kl_warmup: float = 0.0
+    kl_warmup: float = 0.25
     update_penalty: float = 1e-4
     tune_steps: int = 400
     tune_learning_rate: float = 2e-2
