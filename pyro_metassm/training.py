@@ -122,6 +122,10 @@ def fit(
             "fit: needed a positive learning_rate and clip_norm and an update_penalty of at least 0, "
             f"got {learning_rate}, {clip_norm} and {update_penalty}"
         )
+    if kl_warmup_steps > num_steps:
+        raise ValueError(
+            f"fit: needed kl_warmup_steps of at most num_steps, {num_steps}, got {kl_warmup_steps}"
+        )
     if not isinstance(guide, AmortizedGuide):
         raise ValueError(f"fit: needed an AmortizedGuide such as guides.DKF, got {type(guide).__name__}")
     for recording in (*recs.values(), *(validation.values() if validation is not None else ())):

@@ -197,6 +197,7 @@ def test_float64_models_are_trained_in_float64(recs):
         {"update_penalty": -1.0},
         {"kl_warmup_steps": -1},
         {"kl_warmup_steps": 2.5},
+        {"kl_warmup_steps": 7},
         {"validation_every": 0, "validation": True},
         {"checkpoint_every": 0, "checkpoint": True},
     ],
