@@ -236,6 +236,7 @@ def test_shares_of_variance_are_those_of_the_predictor(fitted):
             x = (z - z.mean(0)) @ weight.T
             variance = np.square(np.linalg.svd(x, compute_uv=False))[:2]
             assert one["share"].values == pytest.approx(variance / variance.sum(), abs=1e-5)
+            assert one["sd"].values == pytest.approx(np.sqrt(variance / x.size), rel=1e-3, abs=1e-5)
             assert one["participation"].item() == pytest.approx(
                 variance.sum() ** 2 / np.square(variance).sum(), rel=1e-4
             )

@@ -145,10 +145,12 @@ def variance_explained(fit: Fit, recs: Recordings, *, num_draws: int = 20, seed:
         seed: of the draws.
 
     Returns:
-        over ``recording``, ``draw`` and ``component``: ``share`` of the predictor's variance, ``cumulative``,
-        ``direction (latent_dim)``: the latents that go into it, per standard deviation of the component; ``of_latent
-        (recording, draw, latent_dim)``: the share that is left out without this latent, which need not sum to 1;
-        ``participation (recording, draw)``: the effective number of components, ``(sum v)^2 / sum v^2``.
+        over ``recording``, ``draw`` and ``component``: ``share`` of the predictor's variance, ``cumulative``; ``sd``,
+        what it moves the predictor by (of counts the log rate) over the bins, root mean square over neurons: next to
+        nothing where a latent says nothing; ``direction (latent_dim)``: the latents that go into it, per standard
+        deviation of the component; ``of_latent (recording, draw, latent_dim)``: the share that is left out without
+        this latent, which need not sum to 1; ``participation (recording, draw)``: the effective number of components,
+        ``(sum v)^2 / sum v^2``.
 
     Raises:
         ValueError: a recording that the fit does not know.
@@ -204,6 +206,7 @@ def _components(z: np.ndarray, weight: np.ndarray) -> xr.Dataset:
         {
             "share": (("component",), variance / total),
             "cumulative": (("component",), variance.cumsum() / total),
+            "sd": (("component",), np.sqrt(variance / weight.shape[1])),
             "direction": (("component", "latent_dim"), direction),
             "of_latent": (("latent_dim",), np.array(without)),
             "participation": ((), variance.sum() ** 2 / max(np.square(variance).sum(), 1e-300)),

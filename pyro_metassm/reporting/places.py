@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import xarray as xr
 
+from pyro_metassm.analysis import variance_explained
 from pyro_metassm.posterior import forecast, posterior
 from pyro_metassm.recordings import Recordings
 from pyro_metassm.reporting import atlas, html, pictures, quality
@@ -19,6 +20,8 @@ from pyro_metassm.trees import part
 
 TRIALS = 4  # behind the pictures of a recording
 DIMS = 6  # latents whose coordinates are listed
+COMPONENTS = 12  # of the latents, whose sizes are listed
+FAINT = 0.05  # of the first component's standard deviation: one below says next to nothing
 
 
 @dataclass(frozen=True)
@@ -34,7 +37,15 @@ def parts(
 ) -> Iterator[str]:
     """The section of a recording."""
     row = found.names.index(name)
-    yield html.facts(_facts(asked, found, name, row))
+    sd = _components(asked, name)
+    yield html.facts(_facts(asked, found, name, row, sd))
+    faint = int((sd < FAINT * sd.max(initial=0)).sum())
+    if faint:
+        yield html.note(
+            f"{faint} of {len(sd)} components of the latents move the read-out by less than {100 * FAINT:.0f} % of "
+            "what the first does: fewer latents may do, or the divergences have shut them down while they had little "
+            "to say (pm.fit(..., kl_warmup_steps=...))."
+        )
     if isinstance(doctor, xr.Dataset) and name in doctor["recording"].values:
         told = str(doctor["findings"].sel(recording=name).item())
         yield html.heading("What its data may do to a fit", 4) if told else ""
@@ -60,7 +71,16 @@ def parts(
     yield from _dynamics(found, name)
 
 
-def _facts(asked: Asked, found: Map, name: str, row: int) -> list[tuple[str, str]]:
+def _components(asked: Asked, name: str) -> np.ndarray:
+    """By how much the components of the latents move the read-out over these trials; empty where that is not known."""
+    data = asked.data(name)
+    if data is None:
+        return np.empty(0)
+    explained = attempt(lambda: variance_explained(asked.fit, data, num_draws=0, seed=asked.seed))
+    return np.empty(0) if isinstance(explained, Missing) else explained["sd"].values.ravel()
+
+
+def _facts(asked: Asked, found: Map, name: str, row: int, sd: np.ndarray) -> list[tuple[str, str]]:
     fit = asked.fit
     rows = []
     for label, data in (("trials fitted", asked.train), ("trials shown here", asked.recs)):
@@ -81,6 +101,9 @@ def _facts(asked: Asked, found: Map, name: str, row: int) -> list[tuple[str, str
         rows.append(
             ("closest in dynamics", f"{near[0]}: they differ by {100 * near[1]:.2g} % of the flow itself")
         )
+    if sd.size:
+        said = ", ".join(map(html.number, sd[:COMPONENTS])) + (", …" if sd.size > COMPONENTS else "")
+        rows.append(("the read-out's sd by component of the latents", said))
     report = fit.attrs.get("adaptation")
     if isinstance(report, dict) and isinstance(report.get(name), dict):
         rows.append(

@@ -1,5 +1,6 @@
 """The page of a fit: what it says, from closed forms and other scores; what it is as HTML; what it leaves out."""
 
+import copy
 import json
 import re
 from pathlib import Path
@@ -8,9 +9,10 @@ import known_maps
 import numpy as np
 import pyro.distributions as dist
 import pytest
+import torch
 from html_pages import Page, browser, opened, row_of
 from known_maps import Known, NormalForm, fit_of
-from reported import IMAGE, NAMES, QUICK, SCRIPT, page_of, recordings
+from reported import FORMULA, IMAGE, NAMES, QUICK, SCRIPT, page_of, recordings
 
 import pyro_metassm as pm
 from pyro_metassm.reporting import atlas, html, mapping, places, quality, scoring
@@ -184,6 +186,20 @@ def test_findings_of_the_data_are_on_the_page(page, data):
         told = data[0].summary()["findings"].values
     for text in told:
         assert text and all(line in page.texts for line in text.splitlines())
+
+
+def test_a_latent_that_says_nothing_is_noticed(page, fit, data, tmp_path):
+    sizes = pm.analysis.variance_explained(fit, data[1], num_draws=0)["sd"].isel(draw=0)
+    for name in NAMES:
+        assert ", ".join(map(html.number, sizes.sel(recording=name).values)) in page.texts
+    mute = copy.deepcopy(fit)
+    with torch.no_grad():
+        mute.model.read_out.weight[mute.model.neurons.slice(FORMULA), 1:] = 0.0
+    said = "1 of 2 components of the latents move the read-out by less than 5 %"
+    faint = (sizes.isel(component=1) < 0.05 * sizes.isel(component=0)).values
+    assert not faint[NAMES.index(FORMULA)] and page.text.count(said) == faint.sum()
+    told = page_of(mute, tmp_path, data[1])
+    assert told.text.count(said) == faint.sum() + 1 and told.faults == []
 
 
 # ---- models that lack something --------------------------------------------------------------------------
