@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 
 import pyro
 import pyro.distributions as dist
@@ -46,7 +47,8 @@ class AmortizedGuide(nn.Module, ABC):
     """
 
     deviations: tuple[str, ...] = ()
-    """As of :class:`~pyro_metassm.models.MetaSSM`."""
+    learning_rates: Mapping[str, float] = {}
+    """Both as of :class:`~pyro_metassm.models.MetaSSM`."""
 
     def __init__(
         self,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import warnings
+from collections.abc import Mapping
 from functools import partial
 
 import pyro
@@ -84,6 +85,9 @@ class MetaSSM(Program):
 
     deviations: tuple[str, ...] = ()
     """Names, or their beginnings, of tables in which recordings deviate from what they share; a new one's are zero."""
+
+    learning_rates: Mapping[str, float] = {}
+    """Relative to that of :func:`pyro_metassm.fit`, of parameters by their names or the beginnings of these."""
 
     dynamics_class: type = LowRankMLP
     """Makes ``dynamics`` from ``(latent_dim, embedding_dim, *, rank, hidden_dim)``: a module from an embedding to a

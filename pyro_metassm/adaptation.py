@@ -6,7 +6,7 @@ import copy
 import dataclasses
 import math
 import time
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -34,7 +34,7 @@ from pyro_metassm.rebuilding import deviations, for_recordings, joined, tables
 from pyro_metassm.recordings import Batch, Recordings
 from pyro_metassm.result import Fit, check_fit, embedding_statistics
 from pyro_metassm.tempering import tempered
-from pyro_metassm.trainer import Options, Trainer
+from pyro_metassm.trainer import SLOW, Options, Trainer
 from pyro_metassm.warm_start import SETTLING, natural_frames, smoothed_by, write_read_in
 from pyro_metassm.windows import TiedFrames
 
@@ -349,10 +349,10 @@ class Adapter(Trainer):
         super().__init__(model, guide, recs, options, fit.device, self.embedding if free else [])
         self.fit, self.prior, self.report = fit, prior, report
 
-    def slow(self) -> Iterable[nn.Parameter]:
-        """What few trials say little of: deviations; read-ins that no prior holds, which SVI moves off the frame."""
+    def rates(self) -> dict[int, float]:
+        """Slow is what few trials say little of: deviations; read-ins that no prior holds, which move off the frame."""
         read_ins = self.guide.read_in.parameters() if self.read_in_precision is None else ()
-        return [*deviations(self.model), *deviations(self.guide), *read_ins]
+        return {id(p): SLOW for p in (*deviations(self.model), *deviations(self.guide), *read_ins)}
 
     def batch(self, recs: Recordings | None = None, **choice) -> Batch:
         batch = super().batch(recs, **choice)

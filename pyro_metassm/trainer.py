@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -82,22 +82,36 @@ class Trainer:
             raise ValueError(
                 "fit: needed parameters to train, got a model and a guide of which none requires a gradient"
             )
-        slow = {id(p) for p in self.slow()}
-        found = [p for p in every if id(p) in slow]
-        rest = [p for p in every if id(p) not in slow]
-        rates = (SLOW * options.learning_rate, options.learning_rate)
-        groups = [{"params": p, "lr": r} for p, r in zip((found, rest), rates, strict=True) if p]
+        rates = self.rates()
+        by_rate: dict[float, list[nn.Parameter]] = {}
+        for p in every:
+            by_rate.setdefault(rates.get(id(p), 1.0), []).append(p)
+        order = sorted(by_rate)
+        groups = [{"params": by_rate[r], "lr": r * options.learning_rate} for r in order]
         self.optimizer = adam(groups, betas=(0.9, 0.99))
         self.schedule = one_cycle(self.optimizer, options.num_steps)
-        self.parameters = [*found, *rest]
+        self.parameters = [p for r in order for p in by_rate[r]]
         self.last_good = [p.detach().clone() for p in self.parameters]
         self.scale = _observed_numbers(recs)  # the loss is per number observed
         self.validated: float | None = None
         self.notes: dict[str, Any] = {}  # for the result's attrs
 
-    def slow(self) -> Iterable[nn.Parameter]:
-        """What a start has found better than early steps of SVI would, and what therefore moves slowly."""
-        return self.model.dynamics.parameters() if self.options.warm_start else ()
+    def rates(self) -> dict[int, float]:
+        """Learning rates relative to the fit's, by the identity of parameters; others have all of it.
+
+        As model and guide have them, and :data:`SLOW` of it for dynamics that a start has found better than early steps
+        of SVI would.
+        """
+        rates = {
+            id(p): rate
+            for part in (self.model, self.guide)
+            for name, rate in part.learning_rates.items()
+            for key, p in part.named_parameters()
+            if key.startswith(name)
+        }
+        for p in self.model.dynamics.parameters() if self.options.warm_start else ():
+            rates[id(p)] = SLOW * rates.get(id(p), 1.0)
+        return rates
 
     @property
     def dtype(self) -> torch.dtype:

@@ -228,4 +228,29 @@ def test_deviations_of_the_dynamics_move_as_slowly_as_what_the_start_has_found(p
     slow = {id(p) for p in trainer.optimizer.param_groups[0]["params"]}
     assert {id(p) for p in fit.model.dynamics.parameters()} == slow
     rates = [group["lr"] for group in trainer.optimizer.param_groups]
-    assert rates[0] == pytest.approx(SLOW * rates[1])
+    assert rates[0] == pytest.approx(SLOW * rates[-1])
+
+
+def test_a_recordings_own_network_moves_as_one_alone_does():
+    """With a single recording, what is shared and what is its own have the same gradients: their sum is one network."""
+    recs = pm.simulate.limit_cycles([2.5], num_trials=6, num_steps=16)
+    networks = []
+    for guide_class in (DKF, PartiallyPooledDKF):
+        torch.manual_seed(0)
+        model = MetaSSM(recs, latent_dim=2, embedding_dim=1, hidden_dim=8)
+        guide = guide_class(model, hidden_dim=6)
+        fit = pm.fit(model, guide, recs, **QUICK | {"num_steps": 20}, clip_norm=1e9)
+        own = dict(fit.guide.named_parameters())
+        networks.append(
+            {
+                k: w + own[f"deviation.{k}"][0] if "deviation.weight_in" in own else w
+                for k, w in fit.guide.rnn.named_parameters()
+            }
+        )
+    alone, sums = networks
+    for key, weight in alone.items():
+        torch.testing.assert_close(sums[key], weight, rtol=1e-3, atol=1e-4)
+    torch.manual_seed(0)
+    model = MetaSSM(recs, latent_dim=2, embedding_dim=1, hidden_dim=8)
+    moved = alone["weight_hidden"] - DKF(model, hidden_dim=6).rnn.weight_hidden
+    assert moved.abs().max() > 0.01  # what the fits have in common is not that nothing was learned
