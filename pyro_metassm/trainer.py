@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 import warnings
 from collections.abc import Sequence
@@ -101,14 +102,20 @@ class Trainer:
 
         As model and guide have them, and :data:`SLOW` of it for dynamics that a start has found better than early steps
         of SVI would.
+
+        Raises:
+            ValueError: for a name of no parameter, or a rate that is not above 0.
         """
-        rates = {
-            id(p): rate
-            for part in (self.model, self.guide)
-            for name, rate in part.learning_rates.items()
-            for key, p in part.named_parameters()
-            if key.startswith(name)
-        }
+        rates: dict[int, float] = {}
+        for part in (self.model, self.guide):
+            for name, rate in part.learning_rates.items():
+                named = [p for key, p in part.named_parameters() if key.startswith(name)]
+                if not named or not 0 < rate < math.inf:
+                    raise ValueError(
+                        f"{type(part).__name__}.learning_rates: needed names of parameters and rates above 0, got "
+                        f"{name!r}: {rate!r}"
+                    )
+                rates |= {id(p): rate for p in named}
         for p in self.model.dynamics.parameters() if self.options.warm_start else ():
             rates[id(p)] = SLOW * rates.get(id(p), 1.0)
         return rates

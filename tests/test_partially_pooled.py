@@ -254,3 +254,22 @@ def test_a_recordings_own_network_moves_as_one_alone_does():
     model = MetaSSM(recs, latent_dim=2, embedding_dim=1, hidden_dim=8)
     moved = alone["weight_hidden"] - DKF(model, hidden_dim=6).rnn.weight_hidden
     assert moved.abs().max() > 0.01  # what the fits have in common is not that nothing was learned
+
+
+def test_learning_rates_of_models_and_guides(pooled):
+    recs, fit = pooled
+    old, options = recs.select(fit.names), Options(1, 2, None, 1e-2, True, 1, 1.0, 0.0, 0)
+    found = copy.deepcopy(fit)
+    found.model.learning_rates = {"read_out.weight": 0.5, "dynamics": 2.0}
+    trainer = Trainer(found.model, found.guide, old, options, torch.device("cpu"))
+    rate_of = {
+        id(p): group["initial_lr"] for group in trainer.optimizer.param_groups for p in group["params"]
+    }
+    rate_of = {key: rate_of[id(p)] / 1e-2 for key, p in found.model.named_parameters()}
+    for key, rate in rate_of.items():
+        expected = 0.5 if key == "read_out.weight" else 2.0 * SLOW if key.startswith("dynamics") else 1.0
+        assert rate == pytest.approx(expected), key
+    for bad in ({"nothing": 0.5}, {"read_out": 0.0}, {"read_out": float("nan")}):
+        found.model.learning_rates = bad
+        with pytest.raises(ValueError, match="learning_rates: needed names of parameters"):
+            Trainer(found.model, found.guide, old, options, torch.device("cpu"))
