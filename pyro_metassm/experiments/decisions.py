@@ -36,6 +36,7 @@ FULL = {
         context=10 // factor,
         horizon=30 // factor,
         update_penalty=5e-5 * factor,
+        adapt_steps=250,
     )
     for factor in FACTORS
 }
