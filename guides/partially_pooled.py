@@ -8,9 +8,8 @@ from torch.func import functional_call
 
 from pyro_metassm.guides.dkf import DKF
 from pyro_metassm.models.meta_ssm import MetaSSM
+from pyro_metassm.models.partially_pooled import OWN
 from pyro_metassm.recordings import Batch
-
-OWN = 0.3  # of the learning rate
 
 
 class PartiallyPooledDKF(DKF):

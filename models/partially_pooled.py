@@ -11,16 +11,19 @@ from pyro_metassm.models.meta_ssm import MetaSSM
 from pyro_metassm.neurons import NeuronTable
 from pyro_metassm.recordings import Recordings
 
+OWN = 0.3  # of the learning rate
+
 
 class PartiallyPooled(MetaSSM):
     r"""The family of :class:`MetaSSM`, and deviations of every recording from it, in its dynamics and its noise::
 
-        z_{k,t} | z_{k,t-1} ~ Normal(f_{theta + h(e_i) + delta_i}(z_{k,t-1}), diag(q exp(g_i))^2)
+        z_{k,t} | z_{k,t-1} ~ Normal(f_{e_i}(z_{k,t-1}) + delta_i phi(z_{k,t-1}, e_i) + d_i, diag(q exp(g_i))^2)
 
-    ``delta_i`` are of all weights and biases; they and ``g_i`` are zero at first, and after the start from the data.
-    ``pm.fit(..., update_penalty=...)`` is what they cost: ten times what the embedding's changes do, so that the
-    embedding says what it can. For recordings that a family of few dimensions does not hold, such as of different areas
-    of the brain: without deviations these lose by being fitted together, the more the finer their bins.
+    ``phi`` is the last hidden layer of ``f``: features of the family, which a recording adds up in its own way.
+    ``delta_i``, ``d_i`` and ``g_i`` are zero at first, and after the start from the data; the former two cost what the
+    embedding's changes do (``update_penalty`` of ``pm.fit``). For recordings that a family of few dimensions does not
+    hold, such as of different areas of the brain: without deviations these lose by being fitted together, the more the
+    finer their bins.
 
     ``adapt_dynamics(e)`` are dynamics of the family: what :mod:`pyro_metassm.analysis` shows of an embedding (of a
     recording's name, its own), and where :func:`pyro_metassm.adapt` starts a new recording.
@@ -39,7 +42,8 @@ class PartiallyPooled(MetaSSM):
         >>> fit = pm.fit(model, guide, recs, num_steps=5, warm_start_steps=5, progress=False)
     """
 
-    deviations = ("dynamics.weights", "dynamics.biases", "log_noise")
+    deviations = ("dynamics.weight", "dynamics.bias", "log_noise")
+    learning_rates = dict.fromkeys(deviations, OWN)  # slower than what is shared, which is to say what it can
 
     def __init__(self, recordings: Recordings | NeuronTable, **options):
         super().__init__(recordings, **options)

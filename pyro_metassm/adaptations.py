@@ -13,9 +13,6 @@ from torch.nn import functional
 from pyro_metassm.dynamics import AdaptedMLP, LowRankMLP, Network, ResidualMLP, residual_layers
 
 SMALL = 0.1  # what an embedding of unit size adds to a weight at first, over what nn.Linear starts it with
-# Of a square of a recording's deviations, relative to one of what its embedding changes: where they cost the same, they
-# take it all, and the posterior of the embedding is its prior.
-COST_OF_DEVIATIONS = 10.0
 
 
 def _uniform(*shape: int, bound: float) -> nn.Parameter:
@@ -131,26 +128,31 @@ class SessionMLP(nn.Module):
 
 
 class DeviatingMLP(LowRankMLP):
-    r"""A family's dynamics, and what every recording adds to them, ``theta_i = theta + h(e_i) + delta_i``.
+    r"""A family's dynamics, to whose last layer every recording adds something of its own::
+
+        f_i(z) = z + (W_o + delta_i) phi(z, e_i) + b_o + d_i
+
+    The features ``phi`` are those of the family at the recording's embedding; how they add up differs. Deviations of
+    all layers, at the same cost, take all that the embedding could say: its posterior becomes the prior.
 
     Args:
-        num_recordings: rows of the tables of ``delta``, which start at zero.
+        num_recordings: rows of the tables of ``delta`` and ``d``, which start at zero.
         latent_dim, embedding_dim: sizes.
         options: as of :class:`~pyro_metassm.dynamics.LowRankMLP`.
     """
 
     def __init__(self, num_recordings: int, latent_dim: int, embedding_dim: int, **options):
         super().__init__(latent_dim, embedding_dim, **options)
-        zeros = [[torch.zeros(num_recordings, *p.shape) for p in layer.parameters()] for layer in self.layers]
-        self.weights, self.biases = (nn.ParameterList(of_layers) for of_layers in zip(*zeros, strict=True))
+        inp, out = self.shapes[-1]
+        self.weight = nn.Parameter(torch.zeros(num_recordings, out, inp))
+        self.bias = nn.Parameter(torch.zeros(num_recordings, out))
 
     def forward(self, e: Tensor, recording: Tensor | None = None) -> AdaptedMLP:
         """The dynamics at ``e (..., R, 1, embedding_dim)``: of these recordings ``(R,)``, or of the family."""
         if recording is None:
             return super().forward(e)
-
-        def own(table: Tensor) -> Tensor:
-            return table[recording].unsqueeze(1).expand(*e.shape[:-1], *table.shape[1:])
-
-        shifts = [(own(weight), own(bias)) for weight, bias in zip(self.weights, self.biases, strict=True)]
-        return AdaptedMLP(self, self.hypernetwork(e), shifts, COST_OF_DEVIATIONS)
+        weight, bias = (
+            t[recording].unsqueeze(1).expand(*e.shape[:-1], *t.shape[1:]) for t in (self.weight, self.bias)
+        )
+        shifts = [(None, None)] * (len(self.layers) - 1) + [(weight, bias)]
+        return AdaptedMLP(self, self.hypernetwork(e), shifts)

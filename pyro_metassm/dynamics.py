@@ -72,7 +72,6 @@ class AdaptedMLP:
         updates: low-rank ones of the first layers, as many as there are.
         shifts: what is added in full to the weights ``(..., R, 1, out, in)`` and biases ``(..., R, 1, out)`` of the
             first layers; None for nothing.
-        shift_cost: of a square of ``shifts`` in :meth:`update_norm`.
     """
 
     def __init__(
@@ -80,9 +79,8 @@ class AdaptedMLP:
         mlp: ResidualMLP | Network,
         updates: Sequence[Update] = (),
         shifts: Sequence[tuple[Tensor | None, Tensor | None]] = (),
-        shift_cost: float = 1.0,
     ):
-        self.mlp, self.updates, self.shifts, self.shift_cost = mlp, updates, shifts, shift_cost
+        self.mlp, self.updates, self.shifts = mlp, updates, shifts
         layers: list = list(mlp.layers)
         self.layers: list[Layer] = [*map(_shifted, layers, shifts), *layers[len(shifts) :]]
 
@@ -172,11 +170,11 @@ class AdaptedMLP:
         )
 
     def update_norm(self) -> Tensor:
-        """Mean over the recordings of squared Frobenius norms of what is added, ``sum |u v^T|^2 + cost |shift|^2``."""
+        """Mean over the recordings of squared Frobenius norms of what is added, ``sum |u v^T|^2 + |shift|^2``."""
         norms = [((u.mT @ u) * (v.mT @ v)).sum((-1, -2)).mean() for u, v in self.updates]
         for weight, bias in self.shifts:
-            norms += [] if weight is None else [self.shift_cost * (weight**2).sum((-1, -2)).mean()]
-            norms += [] if bias is None else [self.shift_cost * (bias**2).sum(-1).mean()]
+            norms += [] if weight is None else [(weight**2).sum((-1, -2)).mean()]
+            norms += [] if bias is None else [(bias**2).sum(-1).mean()]
         return torch.stack(norms).sum() if norms else torch.zeros(())
 
 

@@ -12,7 +12,7 @@ from pyro import poutine
 from test_comparisons import randomised
 
 import pyro_metassm as pm
-from pyro_metassm.adaptations import COST_OF_DEVIATIONS, DeviatingMLP
+from pyro_metassm.adaptations import DeviatingMLP
 from pyro_metassm.dynamics import LowRankMLP
 from pyro_metassm.elbo import SequentialELBO
 from pyro_metassm.guides import DKF, PartiallyPooledDKF
@@ -31,11 +31,11 @@ def family(number: int = 3) -> DeviatingMLP:
 def of_row(f: DeviatingMLP, row: int | None) -> LowRankMLP:
     """Dynamics whose shared weights are one recording's, or the family's."""
     same = LowRankMLP(LATENT, EMBEDDING, rank=2, hidden_dim=HIDDEN).double()
-    same.load_state_dict({k: v for k, v in f.state_dict().items() if k[:7] not in ("weights", "biases.")})
+    same.load_state_dict({k: v for k, v in f.state_dict().items() if k not in ("weight", "bias")})
     with torch.no_grad():
-        for k, layer in enumerate(same.layers if row is not None else ()):
-            layer.weight += f.weights[k][row]
-            layer.bias += f.biases[k][row]
+        if row is not None:
+            same.layers[-1].weight += f.weight[row]
+            same.layers[-1].bias += f.bias[row]
     return same
 
 
@@ -55,12 +55,12 @@ def test_dynamics_of_a_recording_are_those_with_the_sum_as_weights(draws, native
     close(f(e)(z), of_row(f, None)(e)(z))
 
 
-def test_deviations_cost_more_than_the_updates_of_the_embedding():
+def test_deviations_cost_what_the_updates_of_the_embedding_do():
     """At an embedding, the sum of both; of the family, of the updates alone."""
     f, e = family(), torch.randn(2, 1, EMBEDDING, dtype=DOUBLE)
-    own = sum(table[[2, 0]].square().sum() for table in (*f.weights, *f.biases)) / 2
+    own = sum(table[[2, 0]].square().sum() for table in (f.weight, f.bias)) / 2
     assert f(e).update_norm() > 0
-    close(f(e, torch.tensor([2, 0])).update_norm(), f(e).update_norm() + COST_OF_DEVIATIONS * own)
+    close(f(e, torch.tensor([2, 0])).update_norm(), f(e).update_norm() + own)
 
 
 def test_the_start_is_of_what_recordings_share():
@@ -118,9 +118,8 @@ def test_every_recording_has_the_usual_model_and_guide_of_its_own_weights():
         usual, usual_guide = MetaSSM(recs, **SIZES).double(), None
         usual.load_state_dict(model.state_dict(), strict=False)
         with torch.no_grad():
-            for k, layer in enumerate(usual.dynamics.layers):
-                layer.weight += model.dynamics.weights[k][row]
-                layer.bias += model.dynamics.biases[k][row]
+            usual.dynamics.layers[-1].weight += model.dynamics.weight[row]
+            usual.dynamics.layers[-1].bias += model.dynamics.bias[row]
             usual.process_noise.log_scale += model.log_noise[row]
             usual_guide = DKF(usual, hidden_dim=5).double().eval()
             usual_guide.load_state_dict(guide.state_dict(), strict=False)
@@ -220,15 +219,16 @@ def test_a_guide_of_its_own_parts_goes_with_any_model(pooled):
         assert trace.nodes["latents"]["value"].isfinite().all()
 
 
-def test_deviations_of_the_dynamics_move_as_slowly_as_what_the_start_has_found(pooled):
+def test_deviations_of_the_dynamics_move_slower_than_what_the_start_has_found(pooled):
     recs, fit = pooled
     options = Options(1, 2, None, 1e-2, True, 1, 1.0, 0.0, 0)
-    old = recs.select(fit.names)
-    trainer = Trainer(fit.model, fit.guide, old, options, torch.device("cpu"))
-    slow = {id(p) for p in trainer.optimizer.param_groups[0]["params"]}
-    assert {id(p) for p in fit.model.dynamics.parameters()} == slow
-    rates = [group["lr"] for group in trainer.optimizer.param_groups]
-    assert rates[0] == pytest.approx(SLOW * rates[-1])
+    trainer = Trainer(fit.model, fit.guide, recs.select(fit.names), options, torch.device("cpu"))
+    rates = {id(p): group["lr"] for group in trainer.optimizer.param_groups for p in group["params"]}
+    usual = rates[id(fit.model.read_out.weight)]
+    for key, p in fit.model.named_parameters():
+        own, found = key.startswith(fit.model.deviations), key.startswith("dynamics.")
+        expected = usual * (0.3 if own else 1.0) * (SLOW if found else 1.0)
+        assert rates[id(p)] == pytest.approx(expected), key
 
 
 def test_a_recordings_own_network_moves_as_one_alone_does():
