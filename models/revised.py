@@ -97,12 +97,5 @@ def kernel(e: Tensor, places: Tensor, reach: Tensor | float) -> Tensor:
 
 def with_last_layer(dynamics: AdaptedMLP, change: Tensor) -> AdaptedMLP:
     """Dynamics with ``change (..., R, 1, hidden_dim + 1, latent_dim)`` added to the last weights and biases."""
-    last = len(dynamics.mlp.layers) - 1
-    shifts = [*dynamics.shifts, *[(None, None)] * (last + 1 - len(dynamics.shifts))]
-    weight, bias = shifts[last]
     change = change.mT
-    shifts[last] = (
-        change[..., :-1] if weight is None else weight + change[..., :-1],
-        change[..., -1] if bias is None else bias + change[..., -1],
-    )
-    return AdaptedMLP(dynamics.mlp, dynamics.updates, shifts)
+    return dynamics.with_last_layer(change[..., :-1], change[..., -1])

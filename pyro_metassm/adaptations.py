@@ -149,10 +149,10 @@ class DeviatingMLP(LowRankMLP):
 
     def forward(self, e: Tensor, recording: Tensor | None = None) -> AdaptedMLP:
         """The dynamics at ``e (..., R, 1, embedding_dim)``: of these recordings ``(R,)``, or of the family."""
+        of_family = super().forward(e)
         if recording is None:
-            return super().forward(e)
+            return of_family
         weight, bias = (
             t[recording].unsqueeze(1).expand(*e.shape[:-1], *t.shape[1:]) for t in (self.weight, self.bias)
         )
-        shifts = [(None, None)] * (len(self.layers) - 1) + [(weight, bias)]
-        return AdaptedMLP(self, self.hypernetwork(e), shifts)
+        return of_family.with_last_layer(weight, bias)

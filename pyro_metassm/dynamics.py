@@ -169,6 +169,16 @@ class AdaptedMLP:
             else path.reshape(*batch, *states[:-2], num_steps, -1)
         )
 
+    def with_last_layer(self, weight: Tensor, bias: Tensor) -> AdaptedMLP:
+        """The same with this added to the last weights ``(..., R, 1, out, in)`` and biases ``(..., R, 1, out)``."""
+        shifts = [*self.shifts, *[(None, None)] * (len(self.mlp.layers) - len(self.shifts))]
+        old_weight, old_bias = shifts.pop()
+        last = (
+            weight if old_weight is None else old_weight + weight,
+            bias if old_bias is None else old_bias + bias,
+        )
+        return AdaptedMLP(self.mlp, self.updates, [*shifts, last])
+
     def update_norm(self) -> Tensor:
         """Mean over the recordings of squared Frobenius norms of what is added, ``sum |u v^T|^2 + |shift|^2``."""
         norms = [((u.mT @ u) * (v.mT @ v)).sum((-1, -2)).mean() for u, v in self.updates]
