@@ -21,6 +21,8 @@ from pyro_metassm.likelihoods import Likelihood, Mixed
 from pyro_metassm.likelihoods.mixed import Families
 from pyro_metassm.linear_systems import frames_of_simulations, noisy_counts, through_linear_systems
 from pyro_metassm.neurons import NeuronTable
+from pyro_metassm.observations import of_single_neurons
+from pyro_metassm.own_tuning import with_own_tuning
 from pyro_metassm.read_outs import (
     ReadOutPrior,
     fit_read_outs,
@@ -64,11 +66,12 @@ def adapt(
     latents is searched for from many starts, what the model itself draws and frames of the size of the known read-outs,
     by roll-outs of the frozen dynamics, with these read-outs as a prior; the data's evidence chooses among the last,
     where observations are of single neurons and steps are Normal (:mod:`pyro_metassm.few_shot`). (2) The read-outs: a
-    regression with that prior. (3) ``num_steps`` of SVI, of counts with the read-ins of the known recordings as a
-    prior, too; read-ins of real numbers, which the search has found, at a tenth of the rate. After a fit with
-    ``smooth_counts`` the encoder infers embeddings from the paths found, which are clearer than what a read-in gives.
-    Deviations from what is shared, of :class:`~pyro_metassm.models.PartiallyPooled`, are learned from zero at a tenth
-    of the rate.
+    regression with that prior, which for counts is as wide as the recording's own neurons have it
+    (:mod:`pyro_metassm.own_tuning`; not after a fit with ``smooth_counts``). (3) ``num_steps`` of SVI, of counts with
+    the read-ins of the known recordings as a prior, too; read-ins of real numbers, which the search has found, at a
+    tenth of the rate. After a fit with ``smooth_counts`` the encoder infers embeddings from the paths found, which are
+    clearer than what a read-in gives. Deviations from what is shared, of :class:`~pyro_metassm.models.PartiallyPooled`,
+    are learned from zero at a tenth of the rate.
 
     One trial suffices to start; whether it says enough is in ``attrs["adaptation"]`` of the result: for every recording
     ``rollout_error`` (mean squared error of roll-outs of up to 25 bins, in variances of the recording's latents: near
@@ -141,7 +144,7 @@ def adapt(
             fit.model, [name for name, row in zip(fit.names, _trained(fit), strict=True) if row]
         )
         with model.given(guide.global_sites.medians()):
-            report, inferred = _start(
+            report, inferred, prior = _start(
                 fit, model, guide, new, prior, parts, num_starts, search_steps, seed, bar
             )
         options = Options(num_steps, trials_per_step, None, learning_rate, False, 0, 1.0, 0.0, seed)
@@ -223,12 +226,12 @@ def _trained(fit: Fit) -> Tensor:
 
 def _start(
     fit, model, guide, new, prior, parts, num_starts, search_steps, seed, bar
-) -> tuple[dict, Tensor | None]:
+) -> tuple[dict, Tensor | None, ReadOutPrior]:
     """Read-ins and read-outs of the new recordings from the data.
 
     Returns:
         what is known of how well they fit; the statistics of the embeddings that smoothed the paths of noisy counts,
-        which tell more than those that a read-in of so few counts gives.
+        which tell more than those that a read-in of so few counts gives; the prior of read-outs from here on.
     """
     rng = torch.Generator().manual_seed(seed)
     batch = new.batch(model.names, dtype=fit.dtype, device=fit.device)
@@ -279,6 +282,8 @@ def _start(
         _, z, share = guide.common_space(batch)
         z = TiedFrames(frame, offset).states(frames.coordinates) if smooth else z
     statistics = None
+    if not smooth and bool(guide.read_in.counts.all()) and of_single_neurons(model, batch):
+        prior = with_own_tuning(prior, model, z, batch)
     if smooth:
         with torch.no_grad():
             statistics = guide.embedding_statistics(z, share, batch)
@@ -293,7 +298,7 @@ def _start(
     if not smooth or list(model.observation.parameters()):
         fit_read_outs(model, z, batch, rng, num_steps=40, prior=prior, afresh=False)
     model.requires_grad_(False)
-    return report, statistics
+    return report, statistics, prior
 
 
 def _as_they_are(frame: Tensor, offset: Tensor) -> tuple[Tensor, Tensor]:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from types import SimpleNamespace
 
 import torch
@@ -62,6 +62,8 @@ class ReadOutPrior:
         shift_mean, shift_covariance: ``(latent_dim,)`` and ``(latent_dim, latent_dim)`` over the recordings of the
             common shift ``s_i`` in ``d_n = c_n s_i + rest``: where in the latent space a recording lies.
         units: in which all of this is.
+        own: covariances of some recordings by their names, in place of ``covariance``
+            (:func:`pyro_metassm.own_tuning.with_own_tuning`).
     """
 
     mean: Tensor
@@ -70,6 +72,7 @@ class ReadOutPrior:
     shift_mean: Tensor
     shift_covariance: Tensor
     units: Units = Units(torch.ones(1), torch.zeros(1))  # of one kind
+    own: Mapping[str, Tensor] = field(default_factory=dict)
 
     @classmethod
     @torch.no_grad()
@@ -102,22 +105,26 @@ class ReadOutPrior:
         spread.diagonal().add_(0.01)  # as far as latents of unit variance may be off anyway
         return cls(mean, covariance, concentration, shifts.mean(0), spread, units)
 
-    def log_prob(self, rows: Tensor) -> Tensor:
-        """Of read-outs ``(..., latent_dim + 1)`` in its units, up to a constant."""
-        error = rows - self.mean
-        return -0.5 * (error @ torch.linalg.inv(self.covariance) * error).sum(-1)
+    def precision(self, name: str) -> Tensor:
+        """Of read-outs of a recording, ``(latent_dim + 1, latent_dim + 1)``."""
+        return torch.linalg.inv(self.own.get(name, self.covariance))
 
-    def of_rows(self, kinds: Tensor) -> tuple[Tensor, Tensor]:
-        """Means ``(N, latent_dim + 1)`` and precisions of read-outs of neurons of these kinds, as they are."""
+    def log_prob(self, rows: Tensor, name: str) -> Tensor:
+        """Of read-outs ``(..., latent_dim + 1)`` of a recording in its units, up to a constant."""
+        error = rows - self.mean
+        return -0.5 * (error @ self.precision(name) * error).sum(-1)
+
+    def of_rows(self, kinds: Tensor, name: str) -> tuple[Tensor, Tensor]:
+        """Means ``(N, latent_dim + 1)`` and precisions of read-outs of a recording's neurons of these kinds."""
         size, origin = self.units.size[kinds].unsqueeze(-1), self.units.origin[kinds]
         mean = self.mean * size
         mean[:, -1] += origin
-        return mean, torch.linalg.inv(self.covariance) / size.unsqueeze(-1).square()
+        return mean, self.precision(name) / size.unsqueeze(-1).square()
 
     def of_batch(self, model, batch: Batch) -> Tensor:
         """Of the read-outs of a batch's recordings, summed, up to a constant."""
-        pairs = zip(rows_of(model, batch), kinds_of(model, batch), strict=True)
-        return torch.cat([self.log_prob(self.units(rows, kinds)) for rows, kinds in pairs]).sum()
+        each = zip(batch.names, rows_of(model, batch), kinds_of(model, batch), strict=True)
+        return torch.cat([self.log_prob(self.units(rows, kinds), name) for name, rows, kinds in each]).sum()
 
 
 def rows_of(model, batch: Batch) -> list[Tensor]:
@@ -224,7 +231,7 @@ def refit_read_outs(
             penalty = diagonal.diag()
             origin = torch.cat([torch.zeros_like(rows[:, :-1]), rows[:, -1:]], -1)
         else:
-            origin, penalty = prior.of_rows(model.observation.kinds[place])
+            origin, penalty = prior.of_rows(model.observation.kinds[place], name)
         share, best = torch.ones_like(rows[:, :1]), None
         for _ in range(num_steps + 1):
             parts = curvature(model, (x @ rows.mT).view(*z[r].shape[:2], -1), batch, r)

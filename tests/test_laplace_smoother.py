@@ -169,7 +169,7 @@ def test_a_prior_of_read_outs_takes_the_place_of_the_ridge():
         predictor = torch.cat([z[0], torch.ones_like(z[0, ..., :1])], -1) @ c.mT
         y = model.likelihood(predictor.unsqueeze(0), batch.recording[:1])
         value, mask = batch.observations[:1, ..., :2], batch.mask[:1, ..., :2]
-        total = -prior.log_prob(c).sum() - y.log_prob(value)[mask].sum()
+        total = -prior.log_prob(c, "a").sum() - y.log_prob(value)[mask].sum()
         return float(total.detach()), torch.autograd.grad(total, c)[0].flatten().numpy()
 
     best = minimize(energy, np.zeros(6), jac=True, method="BFGS", options={"gtol": 1e-8}).x.reshape(2, 3)

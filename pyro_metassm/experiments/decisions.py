@@ -29,6 +29,7 @@ SIZES = {"trials": 250, "neurons": 150}
 SMALL_SIZES = {"trials": 48, "neurons": 40}
 FULL = {
     factor: Setting(
+        hidden_dim=128,
         num_steps=1800,
         trials_per_step=16,
         kl_warmup=0.8,
