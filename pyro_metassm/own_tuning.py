@@ -51,7 +51,10 @@ def _likeliest(prior: ReadOutPrior, model, z: Tensor, batch: Batch) -> dict[str,
         _, penalty = prior.of_rows(kinds, name)
         hessian = (second.flatten(0, 1).mT @ squares).unflatten(-1, penalty.shape[-2:]) + penalty
         error = prior.units(rows, kinds) - prior.mean
-        spread = torch.linalg.inv(hessian) / prior.units.size[kinds][:, None, None].square()
+        spread = torch.linalg.inv_ex(hessian).inverse / prior.units.size[kinds][:, None, None].square()
+        # Neurons that nobody saw say nothing, nor do those whose curvature overflows in bursts of thousands.
+        known = (second.sum((0, 1)) > 0) & spread.isfinite().all(-1).all(-1)
+        error, spread = error[known], spread[known]
         total = worth * prior.covariance + error.mT @ error + spread.sum(0)
-        found[name] = total / (worth + len(rows))
+        found[name] = total / (worth + len(error))
     return found

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import numpy as np
@@ -67,6 +68,25 @@ def test_of_most_evidence_among_all_covariances(monkeypatch):
         (slope,) = torch.autograd.grad(evidence(at, z, batch, r), at)
         (reference,) = torch.autograd.grad(evidence(elsewhere, z, batch, r), elsewhere)
         assert slope.abs().max() < 1e-4 * reference.abs().max()
+
+
+def test_neurons_without_a_curvature_say_as_little_as_neurons_that_nobody_saw(monkeypatch):
+    monkeypatch.setattr(own_tuning, "ROUNDS", 100)
+    model, z, batch = problem({"a": 6}, (1.0,), counts=True)
+    mask = batch.mask.clone()
+    mask[..., 2] = False
+    unseen = with_own_tuning(PRIOR, model, z, dataclasses.replace(batch, mask=mask)).own["a"]
+    every = with_own_tuning(PRIOR, model, z, batch).own["a"]
+
+    def broken(*arguments, known=own_tuning.curvature):
+        *parts, second = known(*arguments)
+        second[..., 2] = torch.nan
+        return *parts, second
+
+    monkeypatch.setattr(own_tuning, "curvature", broken)
+    found = with_own_tuning(PRIOR, model, z, batch).own["a"]
+    torch.testing.assert_close(found, unseen, rtol=1e-5, atol=1e-6)
+    assert not torch.allclose(found, every, rtol=1e-2)
 
 
 def test_read_outs_end_at_their_modes():
