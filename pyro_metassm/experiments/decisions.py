@@ -29,7 +29,7 @@ SIZES = {"trials": 250, "neurons": 150}
 SMALL_SIZES = {"trials": 48, "neurons": 40}
 FULL = {
     factor: Setting(
-        hidden_dim=128,
+        hidden_dim=128,  # features that recordings of many areas share: of 64, a pool in bins of 10 ms is behind
         num_steps=1800,
         trials_per_step=16,
         kl_warmup=0.8,
