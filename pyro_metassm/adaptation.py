@@ -282,8 +282,6 @@ def _start(
         _, z, share = guide.common_space(batch)
         z = TiedFrames(frame, offset).states(frames.coordinates) if smooth else z
     statistics = None
-    if not smooth and bool(guide.read_in.counts.all()) and of_single_neurons(model, batch):
-        prior = with_own_tuning(prior, model, z, batch)
     if smooth:
         with torch.no_grad():
             statistics = guide.embedding_statistics(z, share, batch)
@@ -295,6 +293,8 @@ def _start(
             guide, frames_of_simulations(model, guide, e, batch), *_as_they_are(frame, offset), batch
         )
         z = draws
+    elif bool(guide.read_in.counts.all()) and of_single_neurons(model, batch):
+        prior = with_own_tuning(prior, model, z, batch)
     if not smooth or list(model.observation.parameters()):
         fit_read_outs(model, z, batch, rng, num_steps=40, prior=prior, afresh=False)
     model.requires_grad_(False)

@@ -7,7 +7,6 @@ import dataclasses
 import torch
 from torch import Tensor
 
-from pyro_metassm.observations import curvature
 from pyro_metassm.read_outs import ReadOutPrior, kinds_of, refit_read_outs, rows_of
 from pyro_metassm.recordings import Batch
 
@@ -34,26 +33,23 @@ def with_own_tuning(prior: ReadOutPrior, model, z: Tensor, batch: Batch) -> Read
         batch: what was observed then.
     """
     for _ in range(ROUNDS):
-        refit_read_outs(model, z, batch, num_steps=1, prior=prior)
-        prior = dataclasses.replace(prior, own=_likeliest(prior, model, z, batch))
+        informations = refit_read_outs(model, z, batch, num_steps=1, prior=prior)
+        prior = dataclasses.replace(prior, own=_likeliest(prior, model, informations, batch))
     refit_read_outs(model, z, batch, prior=prior)
     return prior
 
 
-def _likeliest(prior: ReadOutPrior, model, z: Tensor, batch: Batch) -> dict[str, Tensor]:
-    """The covariances of a step, by recording."""
-    found, worth = {}, z.shape[-1] + 2
-    each = zip(batch.names, rows_of(model, batch), kinds_of(model, batch), strict=True)
-    for r, (name, rows, kinds) in enumerate(each):
-        x = torch.cat([z[r], torch.ones_like(z[r][..., :1])], -1).flatten(0, 1)  # (bins, d + 1)
-        _, _, second = curvature(model, (x @ rows.mT).view(*z[r].shape[:2], -1), batch, r)
-        squares = (x.unsqueeze(-1) * x.unsqueeze(-2)).flatten(1)
-        _, penalty = prior.of_rows(kinds, name)
-        hessian = (second.flatten(0, 1).mT @ squares).unflatten(-1, penalty.shape[-2:]) + penalty
+def _likeliest(prior: ReadOutPrior, model, informations: list[Tensor], batch: Batch) -> dict[str, Tensor]:
+    """The covariances of a step, by recording, from what its data say of the read-outs as they are."""
+    found, worth = {}, model.latent_dim + 2
+    each = zip(batch.names, rows_of(model, batch), kinds_of(model, batch), informations, strict=True)
+    for name, rows, kinds, information in each:
+        _, precision = prior.of_rows(kinds, name)
         error = prior.units(rows, kinds) - prior.mean
-        spread = torch.linalg.inv_ex(hessian).inverse / prior.units.size[kinds][:, None, None].square()
+        spread = torch.linalg.inv_ex(information + precision).inverse
+        spread = spread / prior.units.size[kinds][:, None, None].square()
         # Neurons that nobody saw say nothing, nor do those whose curvature overflows in bursts of thousands.
-        known = (second.sum((0, 1)) > 0) & spread.isfinite().all(-1).all(-1)
+        known = (information[:, -1, -1] > 0) & spread.isfinite().all(-1).all(-1)
         error, spread = error[known], spread[known]
         total = worth * prior.covariance + error.mT @ error + spread.sum(0)
         found[name] = total / (worth + len(error))

@@ -204,7 +204,7 @@ def refit_read_outs(
     num_steps: int = 3,
     ridge: float = 1.0,
     prior: ReadOutPrior | None = None,
-) -> None:
+) -> list[Tensor]:
     """The likeliest read-outs given the states by Newton's steps on all of the data, from where they are, in place.
 
     Exact where :func:`fit_read_outs` takes noisy steps; for families of single neurons, whose own parameters stay.
@@ -219,7 +219,12 @@ def refit_read_outs(
         ridge: precision of a Normal prior, of the weights around zero and of a tenth of it of the biases around where
             they are.
         prior: in place of that.
+
+    Returns:
+        the information of the data about the read-outs where they end, ``(N_i, latent_dim + 1, latent_dim + 1)``: the
+        curvature of a neuron's log likelihood.
     """
+    informations = []
     for r, name in enumerate(batch.names):
         place = model.read_out.neurons.slice(name)
         x = torch.cat([z[r], torch.ones_like(z[r][..., :1])], -1).flatten(0, 1)  # (bins, d + 1)
@@ -239,8 +244,8 @@ def refit_read_outs(
             change = rows - origin
             pull = (penalty @ change.unsqueeze(-1)).squeeze(-1)
             total = log_prob.sum(0, dtype=torch.float64) - 0.5 * (pull * change).sum(-1)
-            hessian = (second.mT @ squares).unflatten(-1, penalty.shape[-2:]) + penalty
-            step = torch.linalg.solve(hessian, (slope.mT @ x - pull).unsqueeze(-1)).squeeze(-1)
+            information = (second.mT @ squares).unflatten(-1, penalty.shape[-2:])
+            step = torch.linalg.solve(information + penalty, (slope.mT @ x - pull).unsqueeze(-1)).squeeze(-1)
             # A neuron that has not fired would go on to minus infinity, a little with every call.
             step = step * (torch.maximum(second.sum(0), slope.sum(0).abs()) >= LEAST).unsqueeze(-1)
             # Exponentials are as expanded where predictors change by one; of longer steps the logarithm.
@@ -251,10 +256,13 @@ def refit_read_outs(
             if best:
                 rows, step = (torch.where(better, a, b) for a, b in zip((rows, step), best[:2], strict=True))
                 total = torch.maximum(total, best[2])
-            best = rows, step, total
+                information = torch.where(better.unsqueeze(-1), information, best[3])
+            best = rows, step, total, information
             rows = rows + share * step
         assert best is not None
         model.read_out.weight[place], model.read_out.bias[place] = best[0][:, :-1], best[0][:, -1]
+        informations.append(best[3])
+    return informations
 
 
 def in_latents(read_out, frame: Tensor, offset: Tensor, batch: Batch) -> SimpleNamespace:

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import pyro_metassm as pm
-from pyro_metassm import adaptation, own_tuning
+from pyro_metassm import adaptation, own_tuning, read_outs
 from pyro_metassm.own_tuning import with_own_tuning
 from pyro_metassm.read_outs import ReadOutPrior
 
@@ -78,12 +78,12 @@ def test_neurons_without_a_curvature_say_as_little_as_neurons_that_nobody_saw(mo
     unseen = with_own_tuning(PRIOR, model, z, dataclasses.replace(batch, mask=mask)).own["a"]
     every = with_own_tuning(PRIOR, model, z, batch).own["a"]
 
-    def broken(*arguments, known=own_tuning.curvature):
+    def broken(*arguments, known=read_outs.curvature):
         *parts, second = known(*arguments)
         second[..., 2] = torch.nan
         return *parts, second
 
-    monkeypatch.setattr(own_tuning, "curvature", broken)
+    monkeypatch.setattr(read_outs, "curvature", broken)
     found = with_own_tuning(PRIOR, model, z, batch).own["a"]
     torch.testing.assert_close(found, unseen, rtol=1e-5, atol=1e-6)
     assert not torch.allclose(found, every, rtol=1e-2)
