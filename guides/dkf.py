@@ -26,9 +26,10 @@ class DKF(AmortizedGuide):
         read_in_dim: channels of the read-in of each recording; default ``max(16, 2 latent_dim)``.
         common_dim: size of a second, shared linear layer with normalisation after the read-in; None for none.
         hidden_dim: width of the recurrent network, each direction.
-        rollout_probability: while training, the probability that a bin's state is the dynamics applied to the state
-            before it (the bin's KL vanishes: still a valid bound). It teaches the dynamics to carry several steps:
-            0.8 forecasts better where the noise of the states is not small beside them, 0.2 reconstructs better.
+        rollout_probability: while guide and model are training, the probability that a bin's state is the dynamics
+            applied to the state before it (the bin's KL vanishes: still a valid bound). It teaches the dynamics to
+            carry several steps: 0.8 forecasts better where the noise of the states is not small beside them, 0.2
+            reconstructs better.
         embedding_encoder: :class:`~pyro_metassm.guides.encoders.SetEncoder` or ``RecurrentEncoder``.
         detach_embedding: cut the gradient of ``e`` where it enters the state encoder.
         neuron_dropout: while training, the largest share of a trial's neurons that the guide does not see (see
@@ -99,7 +100,7 @@ class DKF(AmortizedGuide):
         lengths = batch.time_mask.sum(-1).expand(shape[:-1])
         change, log_scale = self.recurrent(inputs, lengths, batch).chunk(2, -1)
         rollout = None
-        if self.training and self.rollout_probability > 0:
+        if self.training and self.model.training and self.rollout_probability > 0:
             rollout = torch.rand(shape) < self.rollout_probability  # on the host, which works out the runs
         return RolloutPath(frame + change, log_scale.clamp(-7.0, 3.0).exp(), prior, rollout)
 

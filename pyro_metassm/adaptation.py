@@ -6,15 +6,16 @@ import copy
 import dataclasses
 import math
 import time
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm.auto import tqdm
 
 from pyro_metassm import _checks as checks
 from pyro_metassm import _machine as machine
 from pyro_metassm import few_shot
+from pyro_metassm.adapter import Adapter, requires_grad, trained
 from pyro_metassm.frames import canonical_frames
 from pyro_metassm.guides.base import AmortizedGuide
 from pyro_metassm.likelihoods import Likelihood, Mixed
@@ -32,16 +33,15 @@ from pyro_metassm.read_outs import (
     second_moments,
     write_read_outs,
 )
-from pyro_metassm.rebuilding import deviations, for_recordings, joined, tables
-from pyro_metassm.recordings import Batch, Recordings
-from pyro_metassm.result import Fit, check_fit, embedding_statistics
+from pyro_metassm.rebuilding import for_recordings, tables
+from pyro_metassm.recordings import Recordings
+from pyro_metassm.result import Fit, check_fit
 from pyro_metassm.tempering import tempered
-from pyro_metassm.trainer import SLOW, Options, Trainer
+from pyro_metassm.trainer import Options
 from pyro_metassm.warm_start import SETTLING, natural_frames, smoothed_by, write_read_in
 from pyro_metassm.windows import TiedFrames
 
 PARTS = ("read_in", "read_out", "embedding")
-OF_ONE_FIT = ("skipped", "interrupted_at")  # attributes that tell of the steps of a fit, not of what it found
 
 
 def adapt(
@@ -67,9 +67,11 @@ def adapt(
     by roll-outs of the frozen dynamics, with these read-outs as a prior; the data's evidence chooses among the last,
     where observations are of single neurons and steps are Normal (:mod:`pyro_metassm.few_shot`). (2) The read-outs: a
     regression with that prior, which for counts is as wide as the recording's own neurons have it
-    (:mod:`pyro_metassm.own_tuning`; not after a fit with ``smooth_counts``). (3) ``num_steps`` of SVI, of counts with
-    the read-ins of the known recordings as a prior, too; read-ins of real numbers, which the search has found, at a
-    tenth of the rate. After a fit with ``smooth_counts`` the encoder infers embeddings from the paths found, which are
+    (:mod:`pyro_metassm.own_tuning`; not after a fit with ``smooth_counts``). (3) ``num_steps`` of SVI, with the guide's
+    ``neuron_dropout``; of counts with the read-ins of the known recordings as a prior, too, and with trials that the
+    model draws beside those seen, from which the read-in alone learns (not after a fit with ``smooth_counts``, whose
+    read-ins are a regression on such trials); read-ins of real numbers, which the search has found, at a tenth of the
+    rate. After a fit with ``smooth_counts`` the encoder infers embeddings from the paths found, which are
     clearer than what a read-in gives. Deviations from what is shared, of :class:`~pyro_metassm.models.PartiallyPooled`,
     are learned from zero at a tenth of the rate.
 
@@ -141,7 +143,7 @@ def adapt(
             guide.read_in.start(new, model.observation.kinds)
         model.eval().requires_grad_(False), guide.eval().requires_grad_(False)
         prior = ReadOutPrior.of(
-            fit.model, [name for name, row in zip(fit.names, _trained(fit), strict=True) if row]
+            fit.model, [name for name, row in zip(fit.names, trained(fit), strict=True) if row]
         )
         with model.given(guide.global_sites.medians()):
             report, inferred, prior = _start(
@@ -219,11 +221,6 @@ def _check(fit: Fit, new: Recordings, train: Collection[str], learning_rate: flo
     return parts
 
 
-def _trained(fit: Fit) -> Tensor:
-    """Which recordings were trained on, ``(recording,)`` bool."""
-    return fit.statistics.isfinite().all(-1)
-
-
 def _start(
     fit, model, guide, new, prior, parts, num_starts, search_steps, seed, bar
 ) -> tuple[dict, Tensor | None, ReadOutPrior]:
@@ -237,12 +234,12 @@ def _start(
     batch = new.batch(model.names, dtype=fit.dtype, device=fit.device)
     bins = (batch.mask & batch.held_in[:, None, None, :]).any(-1)
     features = guide.read_in.features(batch)
-    widths = fit.guide.smoothing[_trained(fit)]
+    widths = fit.guide.smoothing[trained(fit)]
     about = float(widths.clamp(min=1e-3).log().mean().exp()) if widths.any() else 0.0
     frames = canonical_frames(features, bins, model.latent_dim, smoothing=about)
     with torch.no_grad():
         guide.smoothing.copy_(torch.tensor(frames.smoothing))
-    _requires_grad(model, tables(model, guide)[0])
+    requires_grad(model, tables(model, guide)[0])
     smooth = bool(fit.attrs.get("smooth_counts")) and noisy_counts(model, guide, frames, batch)
     if smooth:
         linear = through_linear_systems(model, features, frames, bins, batch)
@@ -254,7 +251,7 @@ def _start(
     ]
     report: dict = {}
     if {"read_in", "read_out"} & set(parts):
-        known = fit.statistics[_trained(fit)][:, : model.embedding_dim]
+        known = fit.statistics[trained(fit)][:, : model.embedding_dim]
         found = few_shot.search(
             model,
             guide,
@@ -304,92 +301,3 @@ def _start(
 def _as_they_are(frame: Tensor, offset: Tensor) -> tuple[Tensor, Tensor]:
     """The frame and the offset of coordinates that are the latents."""
     return torch.eye(frame.shape[-1]).to(frame).expand_as(frame), torch.zeros_like(offset)
-
-
-@torch.no_grad()
-def read_in_precision(fit: Fit) -> Tensor | None:
-    """Of a Normal prior, around zero, of a neuron's read-in by channel, ``(read_in_dim,)``: as the known ones vary.
-
-    For counts: they are so noisy that without it a read-in learns few trials by heart. None without known ones.
-    """
-    read_in, table = fit.guide.read_in, fit.model.neurons
-    known = torch.zeros_like(read_in.counts)
-    for name, row in zip(fit.names, _trained(fit), strict=True):
-        known[table.slice(name)] = row
-    weight = read_in.weight[known & read_in.counts & read_in.weight.any(-1)]  # held-out neurons have none
-    return None if len(weight) < 2 else 1 / weight.square().mean(0).clamp(min=1e-4)
-
-
-def _requires_grad(module: nn.Module, names: Collection[str]) -> None:
-    for name, parameter in module.named_parameters():
-        parameter.requires_grad_(name in names)
-
-
-class Adapter(Trainer):
-    """SVI of what belongs to new recordings, under the prior of read-outs; what is shared is frozen."""
-
-    def __init__(
-        self,
-        fit: Fit,
-        model,
-        guide,
-        recs: Recordings,
-        prior: ReadOutPrior,
-        options: Options,
-        parts: Sequence[str],
-        report: dict,
-        inferred: Tensor | None = None,
-    ):
-        free = "embedding" in parts
-        self.embedding: list[nn.Parameter] = []  # where it is not inferred anew in every step
-        if free or inferred is not None:
-            given = embedding_statistics(model, guide, recs) if inferred is None else inferred
-            loc, variance = given.chunk(2, -1)
-            self.embedding = [nn.Parameter(x, requires_grad=free) for x in (loc.clone(), variance.log())]
-        for module, part, own in zip(
-            (model, guide), ("read_out", "read_in"), tables(model, guide), strict=True
-        ):
-            _requires_grad(module, own if part in parts else ())
-        self.read_in_precision = read_in_precision(fit) if "read_in" in parts else None
-        super().__init__(model, guide, recs, options, fit.device, self.embedding if free else [])
-        self.fit, self.prior, self.report = fit, prior, report
-
-    def rates(self) -> dict[int, float]:
-        """Slow is what few trials say little of: deviations; read-ins that no prior holds, which move off the frame."""
-        read_ins = self.guide.read_in.parameters() if self.read_in_precision is None else ()
-        return {id(p): SLOW for p in (*deviations(self.model), *deviations(self.guide), *read_ins)}
-
-    def batch(self, recs: Recordings | None = None, **choice) -> Batch:
-        batch = super().batch(recs, **choice)
-        if not self.embedding:
-            return batch
-        loc, log_variance = self.embedding
-        statistics = torch.cat([loc, log_variance.exp()], -1)[batch.recording]
-        return dataclasses.replace(batch, embedding_statistics=statistics)
-
-    def penalty(self, terms, batch: Batch) -> Tensor | float:
-        log_prior = self.prior.of_batch(self.model, batch)
-        if self.read_in_precision is not None:
-            weight = self.guide.read_in.weight[self.guide.read_in.counts]
-            log_prior = log_prior - 0.5 * (self.read_in_precision * weight.square()).sum()
-        return -log_prior / self.scale
-
-    def result(self) -> Fit:
-        """The fit of all recordings as it stands."""
-        if self.embedding:
-            loc, log_variance = self.embedding
-            statistics = torch.cat([loc, log_variance.exp()], -1).detach()
-        else:
-            statistics = embedding_statistics(self.model, self.guide, self.recs)
-        model, guide = joined((self.fit.model, self.fit.guide), (self.model, self.guide))
-        seconds = {f"{part}_seconds": self.seconds[part] for part in ("search", "svi")}
-        report = self.fit.attrs.get("adaptation", {}) | self.report
-        kept = {key: value for key, value in self.fit.attrs.items() if key not in OF_ONE_FIT}
-        return Fit(
-            model.eval(),
-            guide.eval(),
-            self.history.dataset(**seconds, num_observed=self.scale),
-            torch.cat([self.fit.statistics, statistics]),
-            self.options.seed,
-            kept | {"adaptation": report} | self.notes,
-        )

@@ -9,10 +9,10 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 
-import pyro
 import torch
 from torch import Tensor
 
+from pyro_metassm import simulated_trials
 from pyro_metassm.frames import Frames, canonical_frame
 from pyro_metassm.guides.encoders import smooth
 from pyro_metassm.laplace_smoother import Chain, smoothed
@@ -20,7 +20,6 @@ from pyro_metassm.observations import of_single_neurons
 from pyro_metassm.read_outs import refit_read_outs, start_read_outs
 from pyro_metassm.recordings import Batch
 from pyro_metassm.tempering import tempered
-from pyro_metassm.windows import BOUND
 
 ROUNDS = 16
 FIRST = 8  # steps of Newton from neurons without tuning
@@ -123,10 +122,10 @@ def frames_of_simulations(model, guide, e: Tensor, batch: Batch) -> Frames:
         batch: of which recordings.
     """
     number = -(-SIMULATED // batch.num_trials)
-    with pyro.validation_enabled(False):
-        z = model.path_prior(e, batch).sample((number,)).nan_to_num().clamp(-BOUND, BOUND)
-        z = z.movedim(0, 1).flatten(1, 2)  # (R, K, T, latent_dim)
-        y = model.likelihood(model.read_out(z, batch.recording, batch.width), batch.recording).sample()
+    z = (
+        simulated_trials.paths(model, e, batch, (number,)).movedim(0, 1).flatten(1, 2)
+    )  # (R, K, T, latent_dim)
+    y = simulated_trials.observations(model, z, batch)
     real = torch.arange(batch.width, device=z.device) < torch.tensor(batch.num_neurons).to(z.device)[:, None]
     seen = real[:, None, None].expand_as(y)
     bins = torch.ones_like(z[..., 0], dtype=torch.bool)

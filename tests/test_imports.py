@@ -20,10 +20,11 @@ LAYERS: tuple[set[str], ...] = (
     {"models"},
     {"guides"},
     {
-        "adaptation", "announcing", "checkpoints", "draws", "elbo", "few_shot", "for_arviz", "frame_evidence", "frames",
-        "history", "joining", "keeping", "laplace_smoother", "last_layer", "linear_systems", "optimizers", "own_tuning",
-        "posterior", "read_outs", "result", "resuming", "revising", "rollouts", "saving", "starts", "teaching",
-        "tempering", "trainer", "training", "trees", "warm_start", "windows",
+        "adaptation", "adapter", "announcing", "checkpoints", "draws", "elbo", "few_shot", "for_arviz",
+        "frame_evidence", "frames", "history", "joining", "keeping", "laplace_smoother", "last_layer",
+        "linear_systems", "optimizers", "own_tuning", "posterior", "read_outs", "result", "resuming", "revising",
+        "rollouts", "saving", "simulated_trials", "starts", "teaching", "tempering", "trainer", "training", "trees",
+        "warm_start", "windows",
     },
     {
         "_aligning", "_by_recording", "_decoding", "_draw_scores",

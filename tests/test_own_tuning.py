@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import pyro_metassm as pm
-from pyro_metassm import adaptation, own_tuning, read_outs
+from pyro_metassm import adaptation, adapter, own_tuning, read_outs
 from pyro_metassm.own_tuning import with_own_tuning
 from pyro_metassm.read_outs import ReadOutPrior
 
@@ -142,14 +142,14 @@ def test_adaptations_to_counts_use_it_and_others_do_not(monkeypatch):
         model = pm.models.MetaSSM(old, latent_dim=2, embedding_dim=1, hidden_dim=8, likelihood=family)
         fit = pm.fit(model, pm.guides.DKF(model, hidden_dim=8), old, warm_start_steps=2, **quick)
         priors = []
-        taken = adaptation.Adapter.penalty
+        taken = adapter.Adapter.penalty
 
         def penalty(self, terms, batch, taken=taken, priors=priors):
             priors.append(self.prior)
             return taken(self, terms, batch)
 
         with monkeypatch.context() as patch:
-            patch.setattr(adaptation.Adapter, "penalty", penalty)
+            patch.setattr(adapter.Adapter, "penalty", penalty)
             pm.adapt(fit, recs.select(["w=4"]), num_starts=4, search_steps=3, **quick)
         assert len(seen) == number
         assert all(set(prior.own) == ({"w=4"} if number else set()) for prior in priors) and priors

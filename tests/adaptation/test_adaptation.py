@@ -10,7 +10,7 @@ from fits import assert_same, parts, state
 from problems import recordings
 
 import pyro_metassm as pm
-from pyro_metassm import adaptation
+from pyro_metassm import adaptation, adapter
 from pyro_metassm.elbo import SequentialELBO
 from pyro_metassm.recordings import Recordings
 
@@ -248,7 +248,7 @@ def test_models_and_guides_without_what_it_takes_are_refused(old):
 
 
 def test_a_loss_that_is_not_finite_stops_at_the_last_good_state(fit, monkeypatch):
-    penalty = adaptation.Adapter.penalty
+    penalty = adapter.Adapter.penalty
 
     def broken(self, terms, batch):
         if self.step >= 2:
@@ -256,7 +256,7 @@ def test_a_loss_that_is_not_finite_stops_at_the_last_good_state(fit, monkeypatch
             object.__setattr__(terms, "elbo", terms.elbo * torch.nan)
         return penalty(self, terms, batch)
 
-    monkeypatch.setattr(adaptation.Adapter, "penalty", broken)
+    monkeypatch.setattr(adapter.Adapter, "penalty", broken)
     with pytest.raises(pm.NonFiniteLossError, match=r"step 3, recording\(s\) y \(trial") as caught:
         pm.adapt(fit, some(), **(SMALL | {"num_steps": 9}))
     check_old(fit, caught.value.fit)

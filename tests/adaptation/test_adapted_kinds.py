@@ -11,7 +11,7 @@ from problems import recordings
 from torch import nn
 
 import pyro_metassm as pm
-from pyro_metassm import adaptation
+from pyro_metassm import adaptation, adapter
 from pyro_metassm.recordings import Recordings
 
 CASES = {
@@ -59,10 +59,10 @@ def test_read_ins_of_counts_have_those_that_the_fit_has_learned_as_their_prior(o
         for name in counts:
             known.guide.read_in.weight[known.model.neurons.slice(name)][2:3] = 0.0
     rows = torch.cat([known.guide.read_in.weight[known.model.neurons.slice(name)] for name in ("a", "b")])
-    precision = adaptation.read_in_precision(known)
-    assert precision is not None and adaptation.read_in_precision(fit) is None
+    precision = adapter.read_in_precision(known)
+    assert precision is not None and adapter.read_in_precision(fit) is None
     torch.testing.assert_close(1 / precision, rows[rows.any(-1)].square().mean(0))
-    seen, penalty = [], adaptation.Adapter.penalty
+    seen, penalty = [], adapter.Adapter.penalty
 
     def watched(self, terms, batch):
         found = penalty(self, terms, batch)
@@ -73,7 +73,7 @@ def test_read_ins_of_counts_have_those_that_the_fit_has_learned_as_their_prior(o
         return found
 
     monkeypatch.setattr(adaptation.ReadOutPrior, "of_batch", lambda *_: torch.zeros(()))
-    monkeypatch.setattr(adaptation.Adapter, "penalty", watched)
+    monkeypatch.setattr(adapter.Adapter, "penalty", watched)
     pm.adapt(known, some(counts=True), **SMALL)
     for found, expected in seen:
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-7)
@@ -128,13 +128,13 @@ class Own(pm.models.MetaSSM):
 def test_tables_of_a_users_own_are_adapted_and_what_is_shared_is_not(old, monkeypatch):
     model = Own(old, latent_dim=2, embedding_dim=1, hidden_dim=4)
     fit = pm.fit(model, pm.guides.DKF(model, hidden_dim=4), old, **FIT)
-    joined, new_ones = adaptation.joined, []
+    joined, new_ones = adapter.joined, []
 
     def watched(first, second):
         new_ones.append(second)
         return joined(first, second)
 
-    monkeypatch.setattr(adaptation, "joined", watched)
+    monkeypatch.setattr(adapter, "joined", watched)
     start, end = (pm.adapt(fit, some(), **(SMALL | {"num_steps": n})) for n in (0, 3))
     check_old(fit, end)
     assert end.model.gain.shape == (15,) and end.model.noise.shape == (5,)
