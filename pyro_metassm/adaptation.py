@@ -68,12 +68,12 @@ def adapt(
     where observations are of single neurons and steps are Normal (:mod:`pyro_metassm.few_shot`). (2) The read-outs: a
     regression with that prior, which for counts is as wide as the recording's own neurons have it
     (:mod:`pyro_metassm.own_tuning`; not after a fit with ``smooth_counts``). (3) ``num_steps`` of SVI, with the guide's
-    ``neuron_dropout``; of counts with the read-ins of the known recordings as a prior, too, and with trials that the
-    model draws beside those seen, from which the read-in alone learns (not after a fit with ``smooth_counts``, whose
-    read-ins are a regression on such trials); read-ins of real numbers, which the search has found, at a tenth of the
-    rate. After a fit with ``smooth_counts`` the encoder infers embeddings from the paths found, which are
-    clearer than what a read-in gives. Deviations from what is shared, of :class:`~pyro_metassm.models.PartiallyPooled`,
-    are learned from zero at a tenth of the rate.
+    ``neuron_dropout``; of counts with the read-ins of the known recordings as a prior, too, and, not after a fit with
+    ``smooth_counts``, with trials that the model draws beside those seen, from which the read-in alone learns, and with
+    read-outs at a tenth of the rate, which half way are regressed anew; read-ins of real numbers, which the search has
+    found, at a tenth of the rate. After a fit with ``smooth_counts`` the encoder infers embeddings from the paths
+    found, which are clearer than what a read-in gives. Deviations from what is shared, of
+    :class:`~pyro_metassm.models.PartiallyPooled`, are learned from zero at a tenth of the rate.
 
     One trial suffices to start; whether it says enough is in ``attrs["adaptation"]`` of the result: for every recording
     ``rollout_error`` (mean squared error of roll-outs of up to 25 bins, in variances of the recording's latents: near
@@ -150,7 +150,8 @@ def adapt(
                 fit, model, guide, new, prior, parts, num_starts, search_steps, seed, bar
             )
         options = Options(num_steps, trials_per_step, None, learning_rate, False, 0, 1.0, 0.0, seed)
-        trainer = Adapter(fit, model, guide, new, prior, options, parts, report, inferred)
+        tuned = bool(prior.own)
+        trainer = Adapter(fit, model, guide, new, prior, options, parts, report, inferred, tuned)
         trainer.seconds["search"] = time.perf_counter() - began
         while trainer.step < num_steps:
             trainer.take_step()

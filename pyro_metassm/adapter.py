@@ -5,11 +5,14 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Collection, Sequence
 
+import pyro
 import torch
 from torch import Tensor, nn
 
+from pyro_metassm import _machine as machine
 from pyro_metassm import simulated_trials
 from pyro_metassm.elbo import Terms
+from pyro_metassm.own_tuning import with_own_tuning
 from pyro_metassm.read_outs import ReadOutPrior
 from pyro_metassm.rebuilding import deviations, joined, tables
 from pyro_metassm.recordings import Batch, Recordings
@@ -21,7 +24,21 @@ OF_ONE_FIT = ("skipped", "interrupted_at")  # attributes that tell of the steps 
 
 
 class Adapter(Trainer):
-    """SVI of what belongs to new recordings, under the prior of read-outs; what is shared is frozen."""
+    """SVI of what belongs to new recordings, under the prior of read-outs; what is shared is frozen.
+
+    Args:
+        fit: of what is shared.
+        model, guide: of the new recordings, started.
+        recs: these.
+        prior: of read-outs.
+        options: of the steps.
+        parts: what is trained, as of :func:`~pyro_metassm.adapt`.
+        report: of the start.
+        inferred: statistics of the embeddings, where they are not inferred in every step.
+        tuned: whether read-outs come of a regression under the prior of most evidence
+            (:mod:`pyro_metassm.own_tuning`). The few counts of these trials would be learned by heart: read-outs then
+            learn slowly and are regressed anew half way, and read-ins learn from simulated trials too.
+    """
 
     def __init__(
         self,
@@ -34,6 +51,7 @@ class Adapter(Trainer):
         parts: Sequence[str],
         report: dict,
         inferred: Tensor | None = None,
+        tuned: bool = False,
     ):
         free = "embedding" in parts
         self.embedding: list[nn.Parameter] = []  # where it is not inferred anew in every step
@@ -45,17 +63,39 @@ class Adapter(Trainer):
             (model, guide), ("read_out", "read_in"), tables(model, guide), strict=True
         ):
             requires_grad(module, own if part in parts else ())
-        counts = "read_in" in parts and bool(guide.read_in.counts.all())
         self.read_in_precision = read_in_precision(fit) if "read_in" in parts else None
-        self.simulates = counts and inferred is None
+        self.tuned, self.parts = tuned, parts
         guide.train()  # hides neurons; the model stays as it is, and guides roll nothing out
         super().__init__(model, guide, recs, options, fit.device, self.embedding if free else [])
         self.fit, self.prior, self.report = fit, prior, report
 
     def rates(self) -> dict[int, float]:
-        """Slow is what few trials say little of: deviations; read-ins that no prior holds, which move off the frame."""
+        """Slow is what few trials say little of: deviations; read-ins that no prior holds, which move off the frame.
+
+        And what is known already: read-outs of a regression under the prior of most evidence.
+        """
         read_ins = self.guide.read_in.parameters() if self.read_in_precision is None else ()
-        return {id(p): SLOW for p in (*deviations(self.model), *deviations(self.guide), *read_ins)}
+        read_outs = self.model.read_out.parameters() if self.tuned else ()
+        return {
+            id(p): SLOW for p in (*deviations(self.model), *deviations(self.guide), *read_ins, *read_outs)
+        }
+
+    def take_step(self) -> None:
+        super().take_step()
+        if self.tuned and "read_out" in self.parts and self.step == self.options.num_steps // 2:
+            self.regress()
+
+    @torch.no_grad()
+    def regress(self) -> None:
+        """The read-outs, and the prior of most evidence, anew given paths that the guide draws by now."""
+        batch = self.batch()
+        self.guide.eval()
+        with machine.random_forked(self.device), pyro.validation_enabled(False):
+            values = self.elbo.terms(self.model, self.guide, batch).values
+        self.guide.train()
+        if values["latents"].isfinite().all():
+            with self.model.given(values):
+                self.prior = with_own_tuning(self.prior, self.model, values["latents"], batch)
 
     def batch(self, recs: Recordings | None = None, **choice) -> Batch:
         batch = super().batch(recs, **choice)
@@ -67,7 +107,7 @@ class Adapter(Trainer):
 
     def loss(self, terms: Terms, batch: Batch) -> Tensor:
         loss = super().loss(terms, batch)
-        if self.simulates:
+        if self.tuned and "read_in" in self.parts:
             drawn = simulated_trials.like(batch, self.model, terms)
             elbo = simulated_trials.guide_elbo(self.elbo, self.model, self.guide, drawn)
             loss = loss - SIMULATED * elbo / self.scale

@@ -58,7 +58,7 @@ class Setting:
     scratch_steps: int = 200
     scratch_learning_rate: float = 5e-3
     adapt_steps: int = 500
-    adapt_learning_rate: float = 1e-2
+    adapt_learning_rate: float = 2e-2
     num_starts: int = 256
     search_steps: int = 150
     shots: tuple[int, ...] = (8, 16, 32, 64)

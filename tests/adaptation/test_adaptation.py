@@ -154,9 +154,10 @@ def test_svi_moves_the_parts_that_it_is_asked_to_move(fit, train):
     assert (start.history.sizes["step"], end.history.sizes["step"]) == (0, 3)
 
 
-@pytest.mark.parametrize(("counts", "share"), [(False, 0.1), (True, 1.0)])
-def test_read_ins_that_no_prior_holds_move_at_a_tenth_of_the_rate(counts, share):
-    """A first step of Adam is the rate of its group, whatever the gradient."""
+@pytest.mark.parametrize(("counts", "of_read_in", "of_read_out"), [(False, 0.1, 1.0), (True, 1.0, 0.1)])
+def test_what_a_start_has_found_moves_at_a_tenth_of_the_rate(counts, of_read_in, of_read_out):
+    """A first step of Adam is the rate of its group, whatever the gradient: of read-ins found by the search, without a
+    prior, and of read-outs found by a regression under the prior of most evidence."""
     old, new = recordings(counts=counts), some(counts=counts)
     known = pm.fit(*parts(old, pm.likelihoods.Poisson if counts else pm.likelihoods.Gaussian), old, **FIT)
     start, end = (pm.adapt(known, new, **(SMALL | {"num_steps": n})) for n in (0, 1))
@@ -165,7 +166,9 @@ def test_read_ins_that_no_prior_holds_move_at_a_tenth_of_the_rate(counts, share)
         float((after[key] - before[key]).abs().max())
         for key in ("guide.read_in.weight", "model.read_out.weight")
     )
-    assert read_in == pytest.approx(share * read_out, rel=0.01) and read_out > 0
+    rate = float(end.history["learning_rate"][0])
+    assert rate > 0
+    assert (read_in, read_out) == pytest.approx((of_read_in * rate, of_read_out * rate), rel=0.01)
 
 
 def test_a_free_embedding_without_effect_becomes_its_prior(old):

@@ -174,3 +174,49 @@ def test_neurons_are_hidden_from_the_guide_and_nothing_is_rolled_out(monkeypatch
     assert max(number for training, number in shares if not training) == every
     assert paths and all(isinstance(q, RolloutPath) and q.rollout is None for q in paths)
     assert not adapted.guide.training and not adapted.model.training
+
+
+def test_read_outs_are_regressed_anew_half_way_and_learn_slowly(counts, monkeypatch):
+    """They are then modes under the prior of most evidence given paths of the guide as it is by then."""
+    seen, models, tune = [], [], adapter.with_own_tuning
+
+    def watched(prior, model, z, batch):
+        new = tune(prior, model, z, batch)
+        models.append(model)
+        seen.append((new, z, batch, [p.detach().clone() for p in model.read_out.parameters()]))
+        return new
+
+    monkeypatch.setattr(adapter, "with_own_tuning", watched)
+    rates, slow = [], adapter.Adapter.rates
+
+    def of(self):
+        found = slow(self)
+        rates.append([found.get(id(p)) for p in self.model.read_out.parameters()])
+        return found
+
+    monkeypatch.setattr(adapter.Adapter, "rates", of)
+    new = some(counts=True)
+    pm.adapt(counts, new, **(SMALL | {"num_steps": 8}))
+    assert rates == [[adapter.SLOW] * 2]
+    ((prior, z, batch, (weight, bias)),) = seen
+    assert batch.mask.sum() == sum(int(r.mask.sum()) for r in new.values())
+    # The slope of the log posterior of every neuron's read-out, written out for counts of rates with a ceiling,
+    # `e^c sigmoid(x - c)`, vanishes there.
+    first, ceiling_of = 0, models[0].likelihood(batch.observations, batch.recording).log_ceiling
+    for r, name in enumerate(batch.names):
+        number, precision = batch.num_neurons[r], torch.linalg.inv(prior.own[name].double())
+        for n in range(number):
+            c, d = weight[first + n].double(), bias[first + n].double()
+            at = batch.mask[r, ..., n]
+            x = torch.cat([z[r][at], torch.ones_like(z[r][at][:, :1])], -1).double()
+            row = torch.cat([c, d[None]])
+            ceiling = ceiling_of[r, 0, 0, n].double()
+            rate = ceiling.exp() * (x @ row - ceiling).sigmoid()
+            error = batch.observations[r, ..., n][at] - rate
+            data = x.mT @ (error * (ceiling - x @ row).sigmoid())
+            pull = precision @ (row - prior.mean.double())
+            assert (data - pull).abs().max() < 0.05 * (1 + pull.abs().max()), (name, n)
+        first += number
+    seen.clear()
+    pm.adapt(counts, new, train="read_in", **(SMALL | {"num_steps": 8}))
+    assert not seen
