@@ -32,8 +32,8 @@ class Setting:
         scratch_steps, scratch_learning_rate: of fits to few trials, pooled, alone and from an adapted fit: more of them
             learn these by heart (on validation trials, fits from 16 trials are best after one to two hundred).
         adapt_steps, adapt_learning_rate, num_starts, search_steps: of adaptations. With the few counts of real trials
-            the read-outs need ten times the usual steps and a higher rate, and forecasts more than reconstructions; of
-            trials of mice half as many, in more of which the guide learns sixteen of them by heart.
+            read-ins have farther to go than in the usual steps, at the usual rate; trials of mice are learned by heart
+            in more than half as many.
         shots: numbers of trials to adapt with.
         context, horizon: of forecasts, bins.
         held_out_neurons: share of the neurons of every recording that the guide does not see.
