@@ -346,15 +346,15 @@ def test_dkf_checks_its_arguments(bad):
 
 
 def test_roll_outs_are_for_training_only():
+    """Of the guide and of the model, whose dynamics they teach."""
     recs = recordings()
     model, guide = make(("MetaSSM", "DKF", "Gaussian"), recs)
     batch = recs.batch(model.names, dtype=DOUBLE)
-    q = {
-        mode: poutine.trace(guide.train(mode)).get_trace(batch).nodes["latents"]["fn"]
-        for mode in (True, False)
-    }
-    assert q[False].rollout is None
-    rolled = q[True].rollout
+    for modes in ((False, True), (True, False), (False, False)):
+        model.train(modes[0]), guide.train(modes[1])
+        assert poutine.trace(guide).get_trace(batch).nodes["latents"]["fn"].rollout is None
+    model.train(), guide.train()
+    rolled = poutine.trace(guide).get_trace(batch).nodes["latents"]["fn"].rollout
     assert not rolled[..., 0].any() and 0 < rolled[..., 1:].double().mean() < 0.5
     torch.manual_seed(0)
     share = torch.stack([
