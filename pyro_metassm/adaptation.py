@@ -7,6 +7,7 @@ import dataclasses
 import math
 import time
 from collections.abc import Collection, Mapping
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -44,16 +45,26 @@ from pyro_metassm.windows import TiedFrames
 PARTS = ("read_in", "read_out", "embedding")
 
 
+class Course(NamedTuple):
+    """Of SVI."""
+
+    num_steps: int
+    learning_rate: float
+
+
+USUAL, OF_COUNTS = Course(50, 3e-3), Course(500, 2e-2)
+
+
 def adapt(
     fit: Fit,
     new: Recordings,
     *,
-    num_steps: int = 50,
+    num_steps: int | None = None,
     train: Collection[str] = ("read_in", "read_out"),
     num_starts: int = 1024,
     search_steps: int = 150,
     trials_per_step: int | None = 32,
-    learning_rate: float = 3e-3,
+    learning_rate: float | None = None,
     likelihood: type[Likelihood] | Mapping[str, type[Likelihood]] | None = None,
     seed: int = 0,
     num_threads: int | None = None,
@@ -86,7 +97,8 @@ def adapt(
     Args:
         fit: of :func:`pyro_metassm.fit`.
         new: recordings that the fit does not know: the trials to adapt from.
-        num_steps: steps of SVI.
+        num_steps: steps of SVI; None: 50, and 500 of counts whose read-outs a regression of (2) has found, as their
+            read-ins have farther to go.
         train: parts of the new recordings to train, of "read_in" (what the guide keeps of a recording or its neurons),
             "read_out" (what the model keeps of them, noise included) and "embedding". Without the first two these stay
             as the data alone suggest; with "embedding" the posterior of the embedding is free instead of inferred by
@@ -94,7 +106,7 @@ def adapt(
         num_starts: frames of each of the two kinds to search from.
         search_steps: gradient steps of the search.
         trials_per_step: trials of each recording and step of SVI; None for all.
-        learning_rate: peak of the cycle of SVI.
+        learning_rate: peak of the cycle of SVI; None: 0.003, and 0.02 of those.
         likelihood: of a fit with a ``Mixed`` one, the family of the new recordings, or the mapping from their neurons
             to families; None: what their names say.
         seed: of everything random.
@@ -123,7 +135,7 @@ def adapt(
         ('w=2.5', 'w=5', 'w=4')
     """
     check_fit(fit)
-    checks.integers(0, num_steps=num_steps, search_steps=search_steps)
+    checks.integers(0, search_steps=search_steps, **({} if num_steps is None else {"num_steps": num_steps}))
     checks.integers(1, num_starts=num_starts)
     if likelihood is not None:
         fit = _with_families(fit, dict.fromkeys(new, likelihood))
@@ -134,7 +146,9 @@ def adapt(
         machine.threads(num_threads),
         machine.memory_kept(),
         machine.random_forked(fit.device),
-        tqdm(total=search_steps + num_steps, disable=not progress, desc="adapt", dynamic_ncols=True) as bar,
+        tqdm(
+            total=search_steps + (num_steps or 0), disable=not progress, desc="adapt", dynamic_ncols=True
+        ) as bar,
     ):
         torch.manual_seed(seed)
         with torch.no_grad():
@@ -149,8 +163,12 @@ def adapt(
             report, inferred, prior = _start(
                 fit, model, guide, new, prior, parts, num_starts, search_steps, seed, bar
             )
-        options = Options(num_steps, trials_per_step, None, learning_rate, False, 0, 1.0, 0.0, seed)
         tuned = bool(prior.own)
+        usual = OF_COUNTS if tuned else USUAL
+        num_steps = usual.num_steps if num_steps is None else num_steps
+        rate = usual.learning_rate if learning_rate is None else learning_rate
+        bar.total = search_steps + num_steps
+        options = Options(num_steps, trials_per_step, None, rate, False, 0, 1.0, 0.0, seed)
         trainer = Adapter(fit, model, guide, new, prior, options, parts, report, inferred, tuned)
         trainer.seconds["search"] = time.perf_counter() - began
         while trainer.step < num_steps:
@@ -178,11 +196,11 @@ def _with_families(fit: Fit, families: Families) -> Fit:
     return dataclasses.replace(fit, model=model, guide=guide)
 
 
-def _check(fit: Fit, new: Recordings, train: Collection[str], learning_rate: float) -> tuple[str, ...]:
+def _check(fit: Fit, new: Recordings, train: Collection[str], learning_rate: float | None) -> tuple[str, ...]:
     parts = (train,) if isinstance(train, str) else tuple(train)
     if not parts or not set(parts) <= set(PARTS):
         raise ValueError(f"train: needed some of {', '.join(PARTS)}, got {parts}")
-    if not 0 < learning_rate < math.inf:
+    if learning_rate is not None and not 0 < learning_rate < math.inf:
         raise ValueError(f"learning_rate: needed a positive number, got {learning_rate!r}")
     if not isinstance(new, Recordings):
         raise ValueError(f"new: needed pm.Recordings([...]), got {type(new).__name__}")

@@ -88,7 +88,9 @@ def _parser() -> argparse.ArgumentParser:
     adapt.add_argument(
         "--trials", type=int, default=8, dest="num_trials", help="adapt from 1, 2, 4, ... of so many trials"
     )
-    adapt.add_argument("--steps", type=int, default=100, dest="num_steps", help="steps of SVI")
+    adapt.add_argument(
+        "--steps", type=int, default=None, dest="num_steps", help="steps of SVI (default: 50, of counts 500)"
+    )
     adapt.add_argument(
         "--train",
         nargs="+",

@@ -43,8 +43,8 @@ CONTRACT = {
     "forecast": "fit, recs, *, context, horizon, num_samples=100, predictive=False, keep=None, chunk_size=None, "
     "max_gib=4.0, seed=0",
     "prior_predictive": "model, recs, *, num_samples=100, max_gib=4.0, seed=0",
-    "adapt": "fit, new, *, num_steps=50, train=('read_in', 'read_out'), num_starts=1024, search_steps=150, "
-    "trials_per_step=32, learning_rate=3e-3, likelihood=None, seed=0, num_threads=None, progress=True",
+    "adapt": "fit, new, *, num_steps=None, train=('read_in', 'read_out'), num_starts=1024, search_steps=150, "
+    "trials_per_step=32, learning_rate=None, likelihood=None, seed=0, num_threads=None, progress=True",
     "report": "fit, recs=None, *, out, train=None, context=None, horizon=None, title=None, num_samples=20, "
     "num_draws=20, seed=0, progress=True",
     "metrics.r2": "truth, prediction",

@@ -30,7 +30,7 @@ def run(
     *,
     bins: Mapping[str, Any] | None = None,
     num_trials: int = 8,
-    num_steps: int = 100,
+    num_steps: int | None = None,
     train: Collection[str] = ("read_in", "read_out"),
     test_fraction: float | None = None,
     context: int | None = None,

@@ -220,3 +220,22 @@ def test_read_outs_are_regressed_anew_half_way_and_learn_slowly(counts, monkeypa
     seen.clear()
     pm.adapt(counts, new, train="read_in", **(SMALL | {"num_steps": 8}))
     assert not seen
+
+
+def test_the_usual_course_is_that_of_the_data(counts, fit, monkeypatch):
+    """Fifty steps of real numbers and of counts after ``smooth_counts``; other counts have farther to go."""
+    for family, new, expected in ((fit, some(), (50, 3e-3)), (counts, some(counts=True), (500, 2e-2))):
+        asked, init = [], adapter.Trainer.__init__
+
+        def watched(self, model, guide, recs, options, *rest, asked=asked, init=init):
+            asked.append((options.num_steps, options.learning_rate))
+            init(self, model, guide, recs, options, *rest)
+            self.step = options.num_steps  # enough is known
+
+        with monkeypatch.context() as patch:
+            patch.setattr(adapter.Trainer, "__init__", watched)
+            pm.adapt(family, new, num_starts=5, search_steps=4, progress=False)
+            pm.adapt(
+                family, new, num_starts=5, search_steps=4, progress=False, num_steps=7, learning_rate=0.1
+            )
+        assert asked == [expected, (7, 0.1)]
