@@ -10,6 +10,7 @@ from pyro_metassm.distributions import MarkovPath, RolloutPath
 from pyro_metassm.guides.base import AmortizedGuide
 from pyro_metassm.guides.encoders import EmbeddingEncoder, SetEncoder
 from pyro_metassm.guides.gru import BidirectionalGRU
+from pyro_metassm.guides.newton import first_newton_step
 from pyro_metassm.models.meta_ssm import MetaSSM
 from pyro_metassm.native.mlp import affine
 from pyro_metassm.recordings import Batch
@@ -34,9 +35,14 @@ class DKF(AmortizedGuide):
         detach_embedding: cut the gradient of ``e`` where it enters the state encoder.
         neuron_dropout: while training, the largest share of a trial's neurons that the guide does not see (see
             :class:`AmortizedGuide`): against guides that learn few trials of many neurons by heart.
+        newton_step: the recurrent network also reads what the model's own read-outs make of a bin
+            (:func:`~pyro_metassm.guides.newton.first_newton_step`), ``latent_dim`` channels more, in which all
+            recordings speak alike and which have no weights that could learn trials by heart; best with
+            ``read_in_dim=latent_dim``. For likelihoods of single neurons.
 
     Raises:
-        ValueError: for a probability or a share outside [0, 1), or ``read_in_dim < latent_dim``.
+        ValueError: for a probability or a share outside [0, 1), ``read_in_dim < latent_dim``, or ``newton_step`` with
+            read-outs that are drawn from a prior; in use, ``newton_step`` with a joint likelihood.
 
     Example:
         >>> import pyro_metassm as pm
@@ -56,6 +62,7 @@ class DKF(AmortizedGuide):
         embedding_encoder: type[EmbeddingEncoder] = SetEncoder,
         detach_embedding: bool = True,
         neuron_dropout: float = 0.0,
+        newton_step: bool = False,
     ):
         super().__init__(
             model,
@@ -66,12 +73,19 @@ class DKF(AmortizedGuide):
         )
         if not 0 <= rollout_probability < 1:
             raise ValueError(f"rollout_probability: needed a number in [0, 1), got {rollout_probability!r}")
+        if newton_step and not {"weight", "bias"} <= {name for name, _ in model.read_out.named_parameters()}:
+            raise ValueError(
+                "newton_step: needed read-outs that are parameters, got a prior of them, whose draws a guide does not "
+                "know; make the guide with newton_step=False"
+            )
         self.config |= {
             "common_dim": common_dim,
             "hidden_dim": hidden_dim,
             "rollout_probability": rollout_probability,
+            "newton_step": newton_step,
         }
-        channels = self.read_in.weight.shape[-1] + 1
+        self.newton_step = newton_step
+        channels = self.read_in.weight.shape[-1] + newton_step * model.latent_dim + 1
         self.common: nn.Sequential | None = None
         if common_dim is not None:
             self.common = nn.Sequential(nn.Linear(channels, common_dim), nn.LayerNorm(common_dim), nn.SiLU())
@@ -88,6 +102,13 @@ class DKF(AmortizedGuide):
         self.rnn.weight_out.zero_()
         self.rnn.bias_out[: len(noise)] = 0.0
         self.rnn.bias_out[len(noise) :] = noise.clamp(0.002, 1.0).log()
+
+    def common_space(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+        ybar, frame, share = super().common_space(batch)
+        if self.newton_step:
+            with self.model.given(self.global_sites.medians()):
+                ybar = torch.cat([ybar, first_newton_step(self.model, batch)], -1)
+        return ybar, frame, share
 
     def latents_posterior(
         self, ybar: Tensor, frame: Tensor, share: Tensor, e: Tensor, prior: MarkovPath, batch: Batch

@@ -63,6 +63,7 @@ GUIDES = {c.__name__: maker(c, hidden_dim=5) for c in concrete(pm.guides, pm.gui
 GUIDES["DKF, recurrent encoder"] = maker(pm.guides.DKF, hidden_dim=5, embedding_encoder=RecurrentEncoder)
 GUIDES["DKF, smoothed frame"] = lambda model: smoothed(pm.guides.DKF(model, hidden_dim=5))
 GUIDES["DKF, common layer"] = maker(pm.guides.DKF, hidden_dim=5, common_dim=4, detach_embedding=False)
+GUIDES["DKF, Newton step"] = maker(pm.guides.DKF, hidden_dim=5, newton_step=True)
 ALL_GUIDES = GUIDES | {"ExactSmoother": pm.guides.ExactSmoother}
 
 

@@ -32,7 +32,9 @@ def complete() -> Recordings:
 @pytest.mark.parametrize(
     "family", [pm.likelihoods.Gaussian, pm.likelihoods.Poisson, pm.likelihoods.NegativeBinomial]
 )
-@pytest.mark.parametrize("options", [{}, {"common_dim": 5, "embedding_encoder": RecurrentEncoder}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, {"common_dim": 5, "embedding_encoder": RecurrentEncoder}, {"newton_step": True}], ids=str
+)
 def test_a_step_does_not_wait_for_its_device(recs, family, options):
     model = pm.models.MetaSSM(recs, latent_dim=2, embedding_dim=2, likelihood=family)
     take_steps(model, pm.guides.DKF(model, hidden_dim=4, **options), recs)
