@@ -37,8 +37,8 @@ class DKF(AmortizedGuide):
             :class:`AmortizedGuide`): against guides that learn few trials of many neurons by heart.
         newton_step: the recurrent network also reads what the model's own read-outs make of a bin
             (:func:`~pyro_metassm.guides.newton.first_newton_step`), ``latent_dim`` channels more, in which all
-            recordings speak alike and which have no weights that could learn trials by heart; best with
-            ``read_in_dim=latent_dim``. For likelihoods of single neurons.
+            recordings speak alike and which have no weights that could learn trials by heart. For likelihoods of
+            single neurons.
 
     Raises:
         ValueError: for a probability or a share outside [0, 1), ``read_in_dim < latent_dim``, or ``newton_step`` with
