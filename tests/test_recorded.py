@@ -184,8 +184,8 @@ def test_reaching_from_end_to_end_and_goes_on(monkeys, tmp_path):
     numbers = reaching.run(out, data=monkeys, small=True, setting=TINY, say=told.append)
     assert {path.name for path in out.iterdir()} >= {
         "index.html", "metrics.json", "scores.csv", "pooling.csv", "pooling_tuned.csv", "few.csv", "adaptation.csv",
-        "tuning.csv", "scores.png", "few.png", "adaptation.png", "embedding.png", "latents.png", "interpolation.png",
-        "pieces", "settings.json",
+        "tuning.csv", "scores.png", "few.png", "adaptation.png", "embedding.png", "latents.png",
+        "interpolation-without-1.png", "pieces", "settings.json",
     }  # fmt: skip
     assert len(numbers["pooling"]) == 2 and {row["trials"] for row in numbers["adaptation"]} == {4, 16}
     assert numbers["data"][2]["bin (ms)"] == pytest.approx(90)

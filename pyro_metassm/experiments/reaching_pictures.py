@@ -24,7 +24,7 @@ TRIALS = 64
 
 
 def draw(recs: Recordings, plans: Sequence[Plan], setting: Setting, seed: int, out: Path) -> dict[str, str]:
-    """All pictures of the first plan; captions by the names of the files."""
+    """Embeddings and latents of the first plan, interpolated embeddings of each; captions by the names of the files."""
     import matplotlib.pyplot as plt
 
     plan, shots = plans[0], max(setting.shots)
@@ -52,13 +52,16 @@ def draw(recs: Recordings, plans: Sequence[Plan], setting: Setting, seed: int, o
         "dots are the first bins"
     )
 
-    name = plan.held_out[0]
-    if recs[name].behavior is not None and setting.embedding_dim >= 2:
-        figure = interpolation(fit, train, test, name, setting)
-        report.save_figure(figure, out / "interpolation.png")
-        captions["interpolation.png"] = (
-            f"{name}: reaches decoded from forecasts, by condition, on a grid of embeddings around the inferred one "
-            "(centre)"
+    for plan in plans:
+        name = plan.held_out[0]
+        if recs[name].behavior is None or setting.embedding_dim < 2:
+            continue
+        figure = interpolation(pooling.adapted_fit(out, plan, seed, shots), train, test, name, setting)
+        file = f"interpolation-{plan.name}.png"
+        report.save_figure(figure, out / file)
+        captions[file] = (
+            f"{name}: reaches decoded from forecasts, by condition, on a grid of embeddings around the "
+            "inferred one (centre)"
         )
     return captions
 
@@ -161,4 +164,7 @@ def interpolation(fit: Fit, train: Recordings, test: Recordings, name: str, sett
         ax.set_xlabel("decoded x")
     for ax in axes[:, 0]:
         ax.set_ylabel("decoded y")
+    (left, right), (bottom, top) = axes[0, 0].get_xlim(), axes[0, 0].get_ylim()
+    flat = min(1, (top - bottom) / (right - left))
+    figure.set_figheight(size * (0.5 + 3 * flat))  # no gaps between rows of panels
     return figure
