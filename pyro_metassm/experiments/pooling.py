@@ -112,7 +112,9 @@ def fit_of(recs: Recordings, setting: Setting, seed: int, *, few: bool = False) 
             hidden_dim=setting.hidden_dim,
             likelihood=likelihoods.Poisson,
         )
-        guide = (DKF if alone else PartiallyPooledDKF)(model, neuron_dropout=setting.neuron_dropout)
+        guide = (DKF if alone else PartiallyPooledDKF)(
+            model, neuron_dropout=setting.neuron_dropout, newton_step=setting.newton_step
+        )
     num_steps = setting.scratch_steps if few else setting.num_steps
     return train_fit(
         model,

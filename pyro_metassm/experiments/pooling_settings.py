@@ -20,7 +20,8 @@ class Setting:
 
     Attributes:
         latent_dim, embedding_dim, rank, hidden_dim: of the model.
-        neuron_dropout: of the guide.
+        neuron_dropout, newton_step: of the guide. With the step pools predict validation trials better, of reaches by
+            .005 bits per spike, of mice by .001 to .003.
         num_steps, warm_start_steps, trials_per_step, learning_rate: of fits to all trials, pooled and alone. The rate
             is high and the steps are many because what is shared learns slowly: at a quarter of the rate, or in half
             of the steps, the pooled model has learned less of its training trials than the others have.
@@ -47,6 +48,7 @@ class Setting:
     rank: int = 1
     hidden_dim: int = 64
     neuron_dropout: float = 0.3
+    newton_step: bool = True
     num_steps: int = 1200
     warm_start_steps: int = 300
     trials_per_step: int = 32
