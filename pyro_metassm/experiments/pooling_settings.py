@@ -19,7 +19,9 @@ class Setting:
     """What decides the numbers besides the data; the defaults were chosen on validation trials of reaches.
 
     Attributes:
-        latent_dim, embedding_dim, rank, hidden_dim: of the model.
+        latent_dim, embedding_dim, rank, hidden_dim: of the model. With twelve latents (and half of the neurons hidden)
+            pools of reaches predict held-out neurons of validation trials .005 bits per spike better, and forecast
+            worse: .049 in place of .057.
         neuron_dropout, newton_step: of the guide. With the step pools predict validation trials better, of reaches by
             .005 bits per spike, of mice by .001 to .003.
         num_steps, warm_start_steps, trials_per_step, learning_rate: of fits to all trials, pooled and alone. The rate

@@ -20,9 +20,7 @@ TITLE = "Reaches: pooled recordings, adapted to unseen ones"
 FILES = ("chewie_*.npz", "hennig_*.npz")
 BIN = 0.1  # s; nearest to it are summed bins of recordings that come in finer ones
 LEAST_HZ, COPIES = 0.5, 0.8
-# Of 8 and 12 latents, and of .3 and .5, what predicts validation trials best, pooled: in four splits of the training
-# trials .006 (8, .3), .010 (12, .3) and .011 (12, .5) bits per spike above eight latents, alone, without Newton's step.
-FULL = Setting(latent_dim=12, neuron_dropout=0.5)
+FULL = Setting()
 SMALL = replace(
     FULL,
     num_steps=300,
